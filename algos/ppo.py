@@ -72,16 +72,16 @@ MAX_EVAL_STEPS = 30_000  # longest evaluation episode
 class Args:
     # environment
     env_id: str = "CartPole-v1"  # vector observations, discrete actions; module:id imports the module first
-    num_envs: int = 8  # N, environments stepped together
+    num_envs: int = 16  # N, environments stepped together
     # algorithm
     total_timesteps: int = 100_000  # budget: steps of all environments together
     target_return: float | None = None  # stop once the mean of the last 100 training episodes reaches this
-    learning_rate: float = 1e-3  # Adam's step size
-    num_steps: int = 128  # T, steps of each environment per rollout
+    learning_rate: float = 3e-3  # Adam's step size
+    num_steps: int = 32  # T, steps of each environment per rollout
     gamma: float = 0.98  # γ, what a reward one step later is worth
     gae_lambda: float = 0.9  # λ, 0 trusts the value network, 1 trusts the sampled rewards
-    num_minibatches: int = 4  # minibatches per epoch
-    update_epochs: int = 8  # K, epochs per rollout
+    num_minibatches: int = 2  # minibatches per epoch
+    update_epochs: int = 5  # K, epochs per rollout
     clip_coef: float = 0.2  # ε, how far the ratio may move
     ent_coef: float = 0.0  # c_H, bonus for a policy that keeps its choices open
     vf_coef: float = 0.5  # c_V, weight of the value loss
@@ -503,8 +503,8 @@ def train(args: Args) -> dict:
             bar.set_postfix_str(f"return {np.mean(recent_returns):.1f}", refresh=False)
         writer.add_scalar("charts/SPS", global_step / (time.perf_counter() - started), global_step)
         writer.add_scalar("charts/learning_rate", learning_rate, global_step)
-        losses = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy(logits)}
-        losses |= {"approx_kl": approx_kl, "grad_norm": grad_norm}
+        losses = {"policy_loss": pg_loss.item(), "value_loss": v_loss.item(), "grad_norm": grad_norm}
+        losses |= {"entropy": entropy(logits).item(), "approx_kl": approx_kl}
         losses["clip_fraction"] = ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean()
         losses["explained_variance"] = 1 - (b_returns - b_values).var() / b_returns.var()
         for name, value in losses.items():

@@ -1,0 +1,335 @@
+"""What every script promises about its run folder, its endings and bad input, checked on the real thing."""
+
+import importlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import counter_env  # noqa: F401 (registers small environments)
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ALGOS = Path(__file__).parents[1] / "algos"
+
+
+@dataclass
+class Case:
+    """How a script is run in seconds, and what it must refuse."""
+
+    budget: str  # the flag of the budget
+    small: int  # a budget of about a second
+    flags: list[str]  # flags for small runs
+    refused: dict[str, str]  # environments that the script must refuse -> the script that it must name
+    bad_flags: list[list[str]] = field(default_factory=list)  # combinations that cannot work
+    broken_env: str | None = "Broken-v0"  # an environment that pays NaN
+    checkpoint: str = "checkpoint.pt"
+
+    @property
+    def command(self) -> list[str]:
+        return [self.budget, str(self.small), *self.flags]
+
+
+CASES = {
+    "ppo": Case(
+        budget="--total-timesteps",
+        small=4096,
+        flags=["--num-envs", "4", "--num-steps", "64", "--eval-episodes", "5", "--checkpoint-every", "512"],
+        refused={
+            "Pendulum-v1": "a2c_continuous.py",
+            "FrozenLake-v1": "q_learning.py",
+            "Image-v0": "dqn_atari.py",
+            "Tuple-v0": "no script",
+        },
+        bad_flags=[
+            ["--num-minibatches", "3"],
+            ["--num-minibatches", "256"],
+            ["--num-envs", "0"],
+            ["--total-timesteps", "100"],
+            ["--eval-episodes", "0"],
+            ["--seed", "-1"],
+        ],
+    )
+}
+SCRIPTS = [name for name in CASES if (ALGOS / f"{name}.py").exists()]
+
+
+def test_every_script_is_held_to_its_promises():
+    assert sorted(path.stem for path in ALGOS.glob("*.py")) == sorted(SCRIPTS)
+
+
+def call(name: str, *argv, monkeypatch, capfd) -> tuple[int, str, str]:
+    """Run a script's main block in this process; returns exit code, stdout and stderr."""
+    module = importlib.import_module(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
+    capfd.readouterr()
+    code = 0
+    try:
+        source = (ALGOS / f"{name}.py").read_text()
+        main = source[source.index('if __name__ == "__main__":') :]
+        exec(compile(main, f"{name}.py", "exec"), {**vars(module), "__name__": "__main__"})
+    except SystemExit as end:
+        code = end.code
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return code, *capfd.readouterr()
+
+
+def start(name: str, *argv, **environment) -> subprocess.Popen:
+    """Run a script as users do, in a process of its own."""
+    command = [sys.executable, str(ALGOS / f"{name}.py"), *map(str, argv)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), **environment}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ALGOS
+    )
+
+
+def scalars(run_dir: Path) -> dict[str, list]:
+    """All points of all charts but those that measure time."""
+    accumulator = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    tags = [tag for tag in accumulator.Tags()["scalars"] if tag != "charts/SPS"]
+    return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in tags}
+
+
+def global_step(run_dir: Path, case: Case) -> int:
+    """The step count in a checkpoint."""
+    path = run_dir / case.checkpoint
+    if not path.exists():
+        return -1
+    if path.suffix == ".npz":
+        return int(np.load(path, allow_pickle=False)["global_step"])
+    import torch
+
+    return torch.load(path, weights_only=True)["global_step"]
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def finished_run(request, tmp_path_factory):
+    """One complete run of each script, from the shell, with a film."""
+    name = request.param
+    run_dir = tmp_path_factory.mktemp(name) / "run"
+    process = start(name, *CASES[name].command, "--capture-video", "--run-dir", run_dir)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return name, run_dir, out, err
+
+
+def test_a_run_leaves_its_folder(finished_run):
+    name, run_dir, out, err = finished_run
+    case = CASES[name]
+    arguments = json.loads((run_dir / "args.json").read_text())
+    module = importlib.import_module(name)
+    assert set(arguments) == set(module.Args.__dataclass_fields__) | {"versions"}
+    assert arguments["versions"]["gymnasium"]
+    results = json.loads((run_dir / "results.json").read_text())
+    assert set(results) == {
+        *("algo", "env_id", "seed", "global_step", "episodes", "mean_reward", "std_reward", "score"),
+        *("eval_episodes", "wall_time_s", "steps_per_second"),
+    }
+    assert results["algo"] == name and results["env_id"] == arguments["env_id"]
+    assert results["score"] == pytest.approx(results["mean_reward"] - results["std_reward"])
+    assert results["eval_episodes"] == arguments["eval_episodes"]
+    assert results["steps_per_second"] == pytest.approx(results["global_step"] / results["wall_time_s"])
+    assert results["episodes"] > 0
+    charts = scalars(run_dir)
+    assert {"charts/episodic_return", "charts/episodic_length"} <= set(charts)
+    assert any(tag.startswith("losses/") for tag in charts)
+    assert global_step(run_dir, case) == results["global_step"]
+    assert not list(run_dir.glob("tmp-*"))
+    import imageio_ffmpeg
+
+    frames, seconds = imageio_ffmpeg.count_frames_and_secs(str(run_dir / "replay.mp4"))
+    assert frames > 1 and seconds > 0
+    assert len(out.strip().splitlines()) == 1, "one summary line on the console"
+    assert "return" in err, "the progress bar shows the mean return"
+
+
+def test_evaluate_reproduces_the_score_and_changes_nothing(finished_run):
+    name, run_dir, out, _ = finished_run
+    before = {path.name: (path.stat().st_mtime_ns, path.stat().st_size) for path in run_dir.iterdir()}
+    process = start(name, "--evaluate", run_dir)
+    again, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert again == out  # the same line: the same mean, deviation and number of episodes
+    assert {path.name: (path.stat().st_mtime_ns, path.stat().st_size) for path in run_dir.iterdir()} == before
+
+
+def contents(path: Path) -> dict:
+    """Everything in a checkpoint but the time it took, tensors as arrays, nested names joined."""
+    if path.suffix == ".npz":
+        return {key: value for key, value in np.load(path, allow_pickle=False).items() if "time" not in key}
+    import torch
+
+    flat, todo = {}, [("", torch.load(path, weights_only=True))]
+    while todo:
+        name, value = todo.pop()
+        if isinstance(value, dict):
+            todo += [(f"{name}/{key}", inner) for key, inner in value.items() if key != "wall_time_s"]
+        elif isinstance(value, list | tuple):
+            todo += [(f"{name}/{key}", inner) for key, inner in enumerate(value)]
+        else:
+            flat[name] = value.numpy() if isinstance(value, torch.Tensor) else value
+    return flat
+
+
+def test_resume_restores_everything(finished_run, tmp_path, monkeypatch, capfd):
+    """A run whose budget is used up saves again what it has loaded: what was not restored would differ."""
+    name, run_dir, _, _ = finished_run
+    shutil.copytree(run_dir, tmp_path / "run")
+    before = contents(tmp_path / "run" / CASES[name].checkpoint)
+    code, _, err = call(name, "--resume", tmp_path / "run", monkeypatch=monkeypatch, capfd=capfd)
+    assert code == 0, err
+    np.testing.assert_equal(contents(tmp_path / "run" / CASES[name].checkpoint), before)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_seed_decides_every_number(name, tmp_path, monkeypatch, capfd):
+    charts, results = [], []
+    for folder, seed in (("a", 3), ("b", 3), ("c", 4)):
+        arguments = [*CASES[name].command, "--seed", seed, "--run-dir", tmp_path / folder]
+        code, _, err = call(name, *arguments, monkeypatch=monkeypatch, capfd=capfd)
+        assert code == 0, err
+        charts.append(scalars(tmp_path / folder))
+        result = json.loads((tmp_path / folder / "results.json").read_text())
+        results.append([result[key] for key in ("global_step", "episodes", "mean_reward", "std_reward")])
+    np.testing.assert_equal(charts[0], charts[1])
+    assert results[0] == results[1]
+    assert charts[0]["charts/episodic_return"] != charts[2]["charts/episodic_return"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_sub_environments_differ(name):
+    seeds = importlib.import_module(name).env_seeds
+    assert len(set(seeds(8, 1, 0, 0))) == 8
+    assert not set(seeds(8, 1, 0, 0)) & set(seeds(8, 2, 0, 0)), "neighbouring seeds share environments"
+    assert not set(seeds(8, 1, 0, 0)) & set(seeds(8, 1, 1, 0)), "evaluation repeats the training"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_interrupted_killed_and_resumed(name, tmp_path, monkeypatch, capfd):
+    """Ctrl-C saves and exits with 130; kill -9 leaves a whole checkpoint; --resume goes on from there."""
+    case, run_dir = CASES[name], tmp_path / "run"
+    process = start(name, *case.flags, case.budget, 10**8, "--run-dir", run_dir)
+    steps = []
+    for stop in (signal.SIGINT, signal.SIGKILL):
+        seen = max(steps, default=0)
+        deadline = time.time() + 120
+        while global_step(run_dir, case) <= seen and process.poll() is None and time.time() < deadline:
+            time.sleep(0.05)
+        process.send_signal(stop)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL), err
+        assert "Traceback" not in err
+        steps.append(global_step(run_dir, case))
+        assert steps[-1] > seen
+        if stop == signal.SIGINT:
+            process = start(name, "--resume", run_dir)
+    saved = json.loads((run_dir / "args.json").read_text())
+    assert saved["resume"] is None and saved[case.budget[2:].replace("-", "_")] == 10**8
+    # Then to the end: a budget that is used up already only evaluates, a larger one trains on.
+    arguments = ["--resume", run_dir, case.budget, case.small]
+    code, out, err = call(name, *arguments, monkeypatch=monkeypatch, capfd=capfd)
+    assert code == 0, err
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["global_step"] >= steps[-1]
+    charts = scalars(run_dir)["charts/episodic_return"]
+    assert [step for step, _ in charts] == sorted({step for step, _ in charts}), "no point twice"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_bad_input_is_one_line_and_exit_code_2(name, tmp_path, monkeypatch, capfd):
+    case = CASES[name]
+
+    def refused(*argv) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        code, out, err = call(name, *argv, monkeypatch=monkeypatch, capfd=capfd)
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert code == 2, (argv, out, err)
+        assert len(lines) == 1 and "Traceback" not in err, err
+        assert sorted(tmp_path.rglob("*")) == before, "something was written"
+        return lines[0]
+
+    new = ["--run-dir", tmp_path / "new"]
+    assert "CartPole-v1" in refused("--env-id", "CartPol-v1", *new)
+    assert "no_such_module" in refused("--env-id", "no_such_module:Thing-v0", *new)
+    for env_id, serves in case.refused.items():
+        assert serves in refused("--env-id", env_id, *new)
+    for flags in case.bad_flags:
+        refused(*case.command, *flags, *new)
+    refused("--evaluate", tmp_path / "nothing")
+    refused("--resume", tmp_path / "nothing")
+    code, _, err = call(
+        name, *case.command, "--run-dir", tmp_path / "run", monkeypatch=monkeypatch, capfd=capfd
+    )
+    assert code == 0, err
+    assert "--resume" in refused(*case.command, "--run-dir", tmp_path / "run"), "a run is not overwritten"
+    checkpoint = tmp_path / "run" / case.checkpoint
+    whole = checkpoint.read_bytes()
+
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "exploded",)
+
+    for damaged in (whole[: len(whole) // 2], b"", pickle.dumps({"agent": Bomb()}), bomb_file(case, Bomb())):
+        checkpoint.write_bytes(damaged)
+        refused("--evaluate", tmp_path / "run")
+        refused("--resume", tmp_path / "run")
+    checkpoint.unlink()
+    refused("--evaluate", tmp_path / "run")
+    (tmp_path / "run" / "args.json").write_text("{")
+    refused("--evaluate", tmp_path / "run")
+
+
+def bomb_file(case: Case, bomb) -> bytes:
+    """A file of the checkpoint's own format that carries a pickled object."""
+    import io
+
+    buffer = io.BytesIO()
+    if case.checkpoint.endswith(".npz"):
+        np.savez(buffer, q_table=np.array([bomb], dtype=object))
+    else:
+        import torch
+
+        torch.save({"agent": bomb}, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if CASES[name].broken_env])
+def test_nan_stops_the_run_and_leaves_the_last_good_checkpoint(name, tmp_path, monkeypatch, capfd):
+    case = CASES[name]
+    arguments = [*case.command, "--env-id", case.broken_env, "--run-dir", tmp_path / "run"]
+    code, _, err = call(name, *arguments, monkeypatch=monkeypatch, capfd=capfd)
+    assert code == 1 and "nan at step" in err
+    import torch
+
+    agent = torch.load(tmp_path / "run" / case.checkpoint, weights_only=True)["agent"]
+    assert all(torch.isfinite(parameter).all() for parameter in agent.values())
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_cuda_without_a_device_goes_on(name, tmp_path, monkeypatch, capfd):
+    module = importlib.import_module(name)
+    if "cuda" not in module.Args.__dataclass_fields__:
+        pytest.skip("this script has no use for a GPU")
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
+    args = module.Args(cuda=True)
+    device = module.setup_torch(args)
+    assert str(device) == "cpu" and "CPU" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name in ("ppo", "q_learning") if name in SCRIPTS])
+def test_track_works_offline(name, tmp_path):
+    arguments = [*CASES[name].command, "--track", "--run-dir", tmp_path / "run"]
+    process = start(name, *arguments, WANDB_MODE="offline", WANDB_SILENT="true")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    logs = list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
+    assert logs and b"charts/episodic_return" in logs[0].read_bytes()
