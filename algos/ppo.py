@@ -177,6 +177,16 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
     return advantages
 
 
+def gumbel_noise(*shape):
+    """Standard Gumbel noise, minus the logarithm of an exponential variable: a tensor of this shape."""
+    return -torch.empty(shape).exponential_().log()
+
+
+def sample(logits, gumbel):
+    """Draw from softmax(logits), equation (1). logits, gumbel: (N, A). Returns actions (N,)."""
+    return (logits + gumbel).argmax(-1)
+
+
 def log_prob(logits, actions):
     """ln π(a|s) of the actions taken. logits: (B, A), actions: (B,) integers. Returns (B,)."""
     return logits.log_softmax(-1).gather(-1, actions[:, None]).squeeze(-1)
@@ -425,13 +435,12 @@ def train(args: Args) -> dict:
 
         # [A] collect
         returns, lengths = [], []  # of the episodes that end in this rollout
-        # −ln of an exponential variable is Gumbel distributed; drawn for the whole rollout at once.
-        gumbel = -torch.empty(T, N, A).exponential_().log().to(device)
+        gumbel = gumbel_noise(T, N, A).to(device)  # once a rollout: each call costs more than its numbers
         with torch.inference_mode():
             for t in range(T):
                 obs[t] = current_obs
                 logits = agent.actor(torch.from_numpy(obs[t]).to(device))  # (N, A)
-                actions[t] = (logits + gumbel[t]).argmax(-1).cpu().numpy()  # (1)
+                actions[t] = sample(logits, gumbel[t]).cpu().numpy()
                 current_obs, rewards[t], terminated[t], truncated[t], info = envs.step(actions[t])
                 next_obs[t] = current_obs
                 if "final_obs" in info:  # then current_obs is the first of the next episode already

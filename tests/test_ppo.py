@@ -166,11 +166,10 @@ def test_the_first_ratio_is_one_and_parameters_move(tmp_path, monkeypatch):
 
 
 def test_actions_follow_the_policy():
-    """The Gumbel noise of the collecting loop, argmax(z + g), gives each action its softmax probability."""
     torch.manual_seed(0)
     logits = torch.tensor([1.0, 0.0, -1.0])
-    gumbel = -torch.empty(40_000, 3).exponential_().log()
-    shares = torch.bincount((logits + gumbel).argmax(-1), minlength=3) / 40_000
+    actions = ppo.sample(logits.expand(40_000, 3), ppo.gumbel_noise(40_000, 3))
+    shares = torch.bincount(actions, minlength=3) / 40_000
     torch.testing.assert_close(shares, logits.softmax(-1), rtol=0, atol=0.01)
 
 
