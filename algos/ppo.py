@@ -284,7 +284,7 @@ def start_run(args: Args, global_step: int) -> tuple[Path, SummaryWriter]:
         project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
         wandb.init(**names, **project, sync_tensorboard=True)
     # A killed run has charts beyond its last checkpoint: TensorBoard drops them when they come again.
-    return run_dir, SummaryWriter(run_dir, purge_step=global_step or None)
+    return run_dir, SummaryWriter(run_dir, purge_step=global_step + 1 if global_step else None)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -503,6 +503,7 @@ def train(args: Args) -> dict:
             if args.target_kl is not None and approx_kl > args.target_kl:
                 break
         if not torch.isfinite(loss + grad_norm):
+            bar.close()
             fail(f"the loss is {loss.item()} at step {global_step}; the last checkpoint is good", code=1)
 
         # [D] log: one point per rollout; losses are those of its last minibatch

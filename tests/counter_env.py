@@ -48,6 +48,14 @@ class BrokenEnv(CounterEnv):
         return obs, reward if self.total_steps < 40 else float("nan"), terminated, truncated, info
 
 
+class BrokenBoxEnv(BrokenEnv):
+    """The same with continuous actions."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+
 class TupleEnv(CounterEnv):
     """Observes a pair that no script can read."""
 
@@ -67,5 +75,6 @@ class ImageEnv(CounterEnv):
 for ending in ("terminated", "truncated", "both", "neither"):
     gym.register(f"Counter-{ending}-v0", entry_point="counter_env:CounterEnv", kwargs={"ending": ending})
 gym.register("Broken-v0", entry_point="counter_env:BrokenEnv")
+gym.register("BrokenBox-v0", entry_point="counter_env:BrokenBoxEnv")
 gym.register("Tuple-v0", entry_point="counter_env:TupleEnv")
 gym.register("Image-v0", entry_point="counter_env:ImageEnv")

@@ -10,8 +10,8 @@ import torch
 from rnd_ppo import Agent, Args, RunningStats, discounted_past, gae
 
 gym.register_envs(ale_py)
-SMALL = {"env_id": "Counter-terminated-v0", "num_envs": 4, "num_steps": 8, "num_minibatches": 2, "update_epochs": 1}
-SMALL |= {"init_steps": 4, "total_timesteps": 64, "eval_episodes": 1}
+SMALL = {"env_id": "Counter-terminated-v0", "num_envs": 4, "num_steps": 8, "num_minibatches": 2}
+SMALL |= {"update_epochs": 1, "init_steps": 4, "total_timesteps": 64, "eval_episodes": 1}
 
 
 class Corridor(gym.Env):
@@ -30,12 +30,12 @@ class Corridor(gym.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.door = 0
-        return self.picture[0], {}
+        return self.picture[0].copy(), {}
 
     def step(self, action):
         self.door = self.door + 1 if action == self.SWITCHES[self.door] else 0
         out = self.door == len(self.SWITCHES)
-        return self.picture[self.door], float(out), out, False, {}
+        return self.picture[self.door].copy(), float(out), out, False, {}
 
 
 gym.register("Corridor-v0", entry_point=Corridor, max_episode_steps=40)
@@ -159,7 +159,7 @@ def test_what_is_stored_when_episodes_end(ending, tmp_path, monkeypatch):
     monkeypatch.setattr(Agent, "forward", forward)
     monkeypatch.setattr(Agent, "novelty", novelty)
     monkeypatch.setattr(rnd_ppo, "MAX_EVAL_STEPS", 9)
-    own = {"env_id": f"Counter-{ending}-v0", "num_envs": 2, "num_steps": 4, "total_timesteps": 16, "init_steps": 3}
+    own = {"env_id": f"Counter-{ending}-v0", "num_envs": 2, "num_steps": 4, "total_timesteps": 16}
     args = Args(**SMALL | own, run_dir=str(tmp_path / "run"))
     rnd_ppo.train(args)
 
@@ -167,7 +167,7 @@ def test_what_is_stored_when_episodes_end(ending, tmp_path, monkeypatch):
     rewards, values, next_values, terminated, truncated, gamma, gae_lambda = extrinsic
     int_rewards, int_values, int_next_values, int_terminated, int_truncated, int_gamma, _ = intrinsic
     assert (gamma, int_gamma, gae_lambda) == (args.gamma, args.int_gamma, args.gae_lambda)
-    # The random steps beforehand took one episode where there are any: the first rollout starts with the next.
+    # Random steps came before: the first rollout starts with a later episode, at its beginning.
     e = values[0, 0]
     both = lambda column: np.repeat(np.array(column)[:, None], 2, axis=1)  # noqa: E731
     ends = ending != "neither"
@@ -178,14 +178,16 @@ def test_what_is_stored_when_episodes_end(ending, tmp_path, monkeypatch):
     seen = both([1, 2, 3, 11 if ends else 4]) + e + 1000
     np.testing.assert_array_equal(past[0], seen)
     # … but its return goes on with the first observation after the reset, as if nothing had ended.
-    np.testing.assert_array_equal(int_next_values, both([1, 2, 10 if ends else 3, 11 if ends else 4]) + e + 100)
+    np.testing.assert_array_equal(
+        int_next_values, both([1, 2, 10 if ends else 3, 11 if ends else 4]) + e + 100
+    )
     assert not int_terminated.any() and not int_truncated.any()
     np.testing.assert_array_equal(terminated, both([False, False, ending in ("terminated", "both"), False]))
     np.testing.assert_array_equal(truncated, both([False, False, ending in ("truncated", "both"), False]))
     # After a time limit, the extrinsic return looks at the observation before the reset.
     rows = [0, 1, 3] if ending in ("terminated", "both") else [0, 1, 2, 3]
     np.testing.assert_array_equal(next_values[rows], (seen - 1000)[rows])
-    # Intrinsic rewards are novelty over the deviation of the discounted past; the past goes on.
+    # Intrinsic rewards: novelty over the deviation of the discounted past, which goes on.
     sums = discounted_past(seen, np.zeros(2), args.int_gamma)
     np.testing.assert_allclose(int_rewards, seen / sums.std(), rtol=1e-5)
     np.testing.assert_array_equal(past[1], [0, 0])
@@ -193,7 +195,7 @@ def test_what_is_stored_when_episodes_end(ending, tmp_path, monkeypatch):
 
 
 def test_two_streams_by_hand():
-    """γ = λ = .5, V = 0, rewards 1, 2, 4 and an ending in the middle: the intrinsic stream does not see it."""
+    """γ = λ = .5, V = 0, rewards 1, 2, 4 and an ending in the middle, unseen by curiosity."""
     rewards, zeros = np.array([[1.0], [2.0], [4.0]]), np.zeros((3, 1))
     end, never = np.array([[False], [True], [False]]), np.zeros((3, 1), dtype=bool)
     np.testing.assert_allclose(gae(rewards, zeros, zeros, end, never, 0.5, 0.5)[:, 0], [1.5, 2, 4])
@@ -212,7 +214,7 @@ def test_what_training_moves_and_what_it_leaves(tmp_path):
     for name in fresh:
         assert torch.equal(trained[name], fresh[name]) == name.startswith("target."), name
     # Elements, not batches: 4 random steps and 16 of training in 4 environments.
-    assert trained["obs_stats.count"] == 4 * 4 + 64 and trained["return_stats.count"] == 64
+    assert trained["obs_stats.count"] == 4 * 4 + 64 and trained["past_stats.count"] == 64
 
 
 def test_no_curiosity_is_plain_ppo(tmp_path):
@@ -221,7 +223,7 @@ def test_no_curiosity_is_plain_ppo(tmp_path):
     torch.manual_seed(1)
     fresh = Agent((2,), 2, True, True).state_dict()
     for name in fresh:
-        untouched = name.startswith(("target.", "predictor.", "return_stats."))
+        untouched = name.startswith(("target.", "predictor.", "past_stats."))
         assert torch.equal(trained[name], fresh[name]) == untouched or name == "critic.weight", name
     assert torch.equal(trained["critic.weight"][1], fresh["critic.weight"][1])  # the intrinsic value
     assert not torch.equal(trained["critic.weight"][0], fresh["critic.weight"][0])
@@ -240,7 +242,7 @@ def test_resume_restores_the_statistics(tmp_path):
     assert max(before["carry"]) > 0 and after["carry"] != before["carry"]
     # The random steps beforehand are not taken again.
     assert after["agent"]["obs_stats.count"] == before["agent"]["obs_stats.count"] + 32
-    assert after["agent"]["return_stats.count"] == before["agent"]["return_stats.count"] + 32
+    assert after["agent"]["past_stats.count"] == before["agent"]["past_stats.count"] + 32
 
 
 @pytest.mark.parametrize(
@@ -274,10 +276,11 @@ def test_evaluation_samples_and_repeats(tmp_path):
     rnd_ppo.train(args)
     envs, device = rnd_ppo.make_envs(args, 3), torch.device("cpu")
     obs = np.zeros((300, 2), dtype=np.float32)
-    first, again = (rnd_ppo.load_policy(args, envs, tmp_path / "run", device)[0] for _ in range(2))
-    actions = first(obs)
-    np.testing.assert_array_equal(actions, again(obs))
-    assert 0 < actions.mean() < 1 and not np.array_equal(actions, first(obs))
+    policy, _ = rnd_ppo.load_policy(args, envs, tmp_path / "run", device)
+    actions = policy(obs)
+    assert 0 < actions.mean() < 1 and not np.array_equal(actions, policy(obs))
+    policy, _ = rnd_ppo.load_policy(args, envs, tmp_path / "run", device)
+    np.testing.assert_array_equal(actions, policy(obs))
 
 
 def test_pyramids_counts_cells(tmp_path, monkeypatch):
@@ -285,9 +288,9 @@ def test_pyramids_counts_cells(tmp_path, monkeypatch):
     scalars = []
     monkeypatch.setattr(rnd_ppo.SummaryWriter, "add_scalar", lambda self, *point: scalars.append(point))
     monkeypatch.setattr(rnd_ppo, "MAX_EVAL_STEPS", 9)
-    own = {"env_id": "envs.pyramids:Pyramids-v0", "num_steps": 1008, "total_timesteps": 4032, "num_minibatches": 1}
+    own = {"env_id": "envs.pyramids:Pyramids-v0", "num_steps": 1008, "total_timesteps": 4032}
     rnd_ppo.train(Args(**SMALL | own, run_dir=str(tmp_path / "run")))
-    (share,) = [value for tag, value, _ in scalars if tag == "charts/cells_visited"]
+    (share,) = [value for tag, value, _ in scalars if tag == "charts/share_of_cells"]
     assert 2 / 81 < share < 0.7
 
 
@@ -305,8 +308,9 @@ def test_minigrid_and_atari_run(tmp_path, monkeypatch):
 
 def test_atari_episodes_end_as_the_others_do():
     """final_obs of an Atari batch is an array without a mask; the adapter's seeds must not be too large."""
-    envs = rnd_ppo.make_envs(Args(env_id="ALE/MontezumaRevenge-v5"), 2)
+    envs = rnd_ppo.make_envs(Args(env_id="ALE/MontezumaRevenge-v5"), 2, "rgb_array")
     assert envs.reset(seed=[2**32 - 1, 5])[0].shape == (2, 4, 84, 84)
+    assert envs.render()[0].shape == (210, 160, 3)
     assert envs.unwrapped.spec.kwargs["max_num_frames_per_episode"] == 18_000
     assert not envs.unwrapped.spec.kwargs["reward_clipping"]
     envs.close()

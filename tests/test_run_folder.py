@@ -37,17 +37,90 @@ class Case:
         return [self.budget, str(self.small), *self.flags]
 
 
+OTHERS = {"FrozenLake-v1": "q_learning.py", "Image-v0": "dqn_atari.py", "Tuple-v0": "no script"}
 CASES = {
+    "q_learning": Case(
+        budget="--total-episodes",
+        small=1000,
+        flags=["--eval-episodes", "5", "--checkpoint-every", "1000"],
+        refused={"Pendulum-v1": "a2c_continuous.py", "CartPole-v1": "ppo.py", "Image-v0": "dqn_atari.py"},
+        bad_flags=[
+            ["--total-episodes", "0"],
+            ["--learning-rate", "2"],
+            ["--gamma", "-1"],
+            ["--min-epsilon", "2"],
+            ["--eval-seeds", "some"],
+            ["--env-kwargs", "{"],
+            ["--env-kwargs", '{"no_such_option": 1}'],
+            ["--eval-episodes", "0"],
+            ["--seed", "-1"],
+        ],
+        broken_env=None,
+        checkpoint="q_table.npz",
+    ),
+    "reinforce": Case(
+        budget="--total-episodes",
+        small=80,
+        flags=["--num-envs", "4", "--eval-episodes", "5", "--checkpoint-every", "8"],
+        refused={"Pendulum-v1": "a2c_continuous.py", **OTHERS},
+        bad_flags=[
+            ["--total-episodes", "3"],
+            ["--num-envs", "1"],
+            ["--hidden-sizes", "0"],
+            ["--restart-credit", "--no-reward-to-go"],
+            ["--eval-episodes", "0"],
+            ["--seed", "-1"],
+        ],
+    ),
+    "dqn_atari": Case(
+        budget="--total-timesteps",
+        small=2000,
+        flags=[
+            *(
+                "--env-id",
+                "ALE/Breakout-v5",
+                "--num-envs",
+                "4",
+                "--learning-starts",
+                "200",
+                "--train-frequency",
+            ),
+            *("40", "--buffer-size", "1000", "--eval-episodes", "2", "--checkpoint-every", "400"),
+        ],
+        refused={
+            "Pendulum-v1": "a2c_continuous.py",
+            "CartPole-v1": "ppo.py",
+            "FrozenLake-v1": "q_learning.py",
+        },
+        bad_flags=[
+            ["--num-envs", "0"],
+            ["--learning-starts", "2000"],
+            ["--buffer-size", "31"],
+            ["--buffer-size", "1000000000000"],
+            ["--end-e", "2"],
+            ["--eval-episodes", "0"],
+            ["--seed", "-1"],
+        ],
+        broken_env=None,
+    ),
+    "a2c_continuous": Case(
+        budget="--total-timesteps",
+        small=2000,
+        flags=["--env-id", "Pendulum-v1", "--eval-episodes", "5", "--checkpoint-every", "500"],
+        refused={"CartPole-v1": "ppo.py", **OTHERS},
+        bad_flags=[
+            ["--num-envs", "0"],
+            ["--total-timesteps", "10"],
+            ["--eval-episodes", "0"],
+            ["--seed", "-1"],
+        ],
+        broken_env="BrokenBox-v0",
+    ),
     "ppo": Case(
         budget="--total-timesteps",
         small=4096,
         flags=["--num-envs", "4", "--num-steps", "64", "--eval-episodes", "5", "--checkpoint-every", "512"],
-        refused={
-            "Pendulum-v1": "a2c_continuous.py",
-            "FrozenLake-v1": "q_learning.py",
-            "Image-v0": "dqn_atari.py",
-            "Tuple-v0": "no script",
-        },
+        refused={"Pendulum-v1": "a2c_continuous.py", **OTHERS},
         bad_flags=[
             ["--num-minibatches", "3"],
             ["--num-minibatches", "256"],
@@ -56,7 +129,29 @@ CASES = {
             ["--eval-episodes", "0"],
             ["--seed", "-1"],
         ],
-    )
+    ),
+    "rnd_ppo": Case(
+        budget="--total-timesteps",
+        small=2048,
+        flags=[
+            *("--env-id", "CartPole-v1", "--num-envs", "4", "--num-steps", "64", "--init-steps", "8"),
+            *("--eval-episodes", "5", "--checkpoint-every", "512"),
+        ],
+        refused={
+            "Pendulum-v1": "a2c_continuous.py",
+            "FrozenLake-v1": "q_learning.py",
+            "Tuple-v0": "no script",
+        },
+        bad_flags=[
+            ["--num-minibatches", "3"],
+            ["--num-minibatches", "256"],
+            ["--predictor-share", "0"],
+            ["--num-envs", "0"],
+            ["--total-timesteps", "100"],
+            ["--eval-episodes", "0"],
+            ["--seed", "-1"],
+        ],
+    ),
 }
 SCRIPTS = [name for name in CASES if (ALGOS / f"{name}.py").exists()]
 
