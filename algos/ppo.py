@@ -207,7 +207,7 @@ def normalize(advantages):
 def policy_loss(log_probs, old_log_probs, advantages, clip_coef):
     """The clipped surrogate, equation (6), to be minimised; https://arxiv.org/abs/1707.06347, equation 7.
 
-    log_probs, old_log_probs, advantages: (B,). Returns a scalar. The table at the top has its six cases.
+    log_probs, old_log_probs, advantages: (B,). Returns a scalar. The table in ppo.py has its six cases.
     """
     ratio = (log_probs - old_log_probs).exp()  # (5)
     return -torch.min(

@@ -17,7 +17,7 @@ SOURCES = {name: (ROOT / "algos" / f"{name}.py").read_text() for name in SCRIPTS
 README = (ROOT / "README.md").read_text()
 SECTIONS = "Pseudo-code|Equations|Symbols|Departures from the paper|References|Read first|New here|Run|Expect"
 # These are each script's own; every other function of one name has one text.
-OWN = {"make_envs", "make_agent", "load_policy", "train", "__init__", "forward", "policy"}
+OWN = {"make_envs", "make_agent", "load_policy", "train", "td_target"}
 # q_learning.py has no torch: no device, and NumPy's own file format.
 WITHOUT_TORCH = {"start_run", "save_checkpoint", "load_checkpoint", "evaluate", "record_video", "parse_args"}
 SHARED = "fail parse_args env_seeds setup_torch start_run write_file save_checkpoint load_checkpoint evaluate"

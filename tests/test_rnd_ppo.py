@@ -1,7 +1,7 @@
 """RND-PPO: novelty, its filter and its statistics, the two kinds of endings, and curiosity against none."""
 
 import ale_py
-import counter_env  # noqa: F401 (registers the Counter environments)
+import counter_env  # also registers the Counter environments
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -151,7 +151,7 @@ def test_what_is_stored_when_episodes_end(ending, tmp_path, monkeypatch):
 
     def forward(self, obs):
         values = torch.stack([known(obs), known(obs) + 100], dim=-1)
-        return self.actor(torch.zeros(len(obs), 256)), values + 0 * self.critic.bias.sum()
+        return self.actor(obs), values + 0 * self.critic(obs)
 
     def novelty(self, obs):
         return known(obs) + 1000 + 0 * self.predictor[0].weight.sum()
@@ -224,9 +224,9 @@ def test_no_curiosity_is_plain_ppo(tmp_path):
     fresh = Agent((2,), 2, True, True).state_dict()
     for name in fresh:
         untouched = name.startswith(("target.", "predictor.", "past_stats."))
-        assert torch.equal(trained[name], fresh[name]) == untouched or name == "critic.weight", name
-    assert torch.equal(trained["critic.weight"][1], fresh["critic.weight"][1])  # the intrinsic value
-    assert not torch.equal(trained["critic.weight"][0], fresh["critic.weight"][0])
+        assert torch.equal(trained[name], fresh[name]) == untouched or name == "critic.4.weight", name
+    assert torch.equal(trained["critic.4.weight"][1], fresh["critic.4.weight"][1])  # the intrinsic value
+    assert not torch.equal(trained["critic.4.weight"][0], fresh["critic.4.weight"][0])
 
 
 def test_resume_restores_the_statistics(tmp_path):
@@ -267,7 +267,7 @@ def test_every_switch_is_read(switch, tmp_path):
     weights = []
     for name, changed in (("with", {}), ("without", switch)):
         rnd_ppo.train(Args(**SMALL | changed, run_dir=str(tmp_path / name)))
-        weights.append(checkpoint(tmp_path / name)["agent"]["trunk.0.weight"])
+        weights.append(checkpoint(tmp_path / name)["agent"]["actor.0.weight"])
     assert not torch.equal(*weights)
 
 
@@ -281,6 +281,31 @@ def test_evaluation_samples_and_repeats(tmp_path):
     assert 0 < actions.mean() < 1 and not np.array_equal(actions, policy(obs))
     policy, _ = rnd_ppo.load_policy(args, envs, tmp_path / "run", device)
     np.testing.assert_array_equal(actions, policy(obs))
+
+
+class Cells(counter_env.CounterEnv):
+    """Walks on by one of five cells a step; the next episode starts where the last one ended."""
+
+    def reset(self, **kwargs):
+        obs, _ = super().reset(**kwargs)
+        return obs, {"cell": 2 * self.episode % 5}
+
+    def step(self, action):
+        *others, _ = super().step(action)
+        return *others, {"cell": (2 * self.episode + self.step_count) % 5}
+
+
+gym.register("Cells-v0", entry_point=Cells)
+
+
+def test_each_episode_counts_its_own_cells(tmp_path, monkeypatch):
+    scalars = []
+    monkeypatch.setattr(gym.vector.SyncVectorEnv, "NUM_CELLS", 5, raising=False)
+    monkeypatch.setattr(rnd_ppo.SummaryWriter, "add_scalar", lambda self, *point: scalars.append(point))
+    own = {"env_id": "Cells-v0", "num_steps": 3, "total_timesteps": 36}
+    rnd_ppo.train(Args(**SMALL | own, run_dir=str(tmp_path / "run")))
+    # Steps 1 and 2 of three; from then on also the first cell after the reset.
+    assert [round(y, 3) for tag, y, _ in scalars if tag == "charts/share_of_cells"] == [0.4, 0.6, 0.6]
 
 
 def test_pyramids_counts_cells(tmp_path, monkeypatch):
@@ -303,7 +328,7 @@ def test_minigrid_and_atari_run(tmp_path, monkeypatch):
         shape = (147,) if name == "grid" else (1, 84, 84)
         assert stats["obs_stats.mean"].shape == shape and stats["obs_stats.count"] == 16 + 64
     assert (tmp_path / "atari" / "replay.mp4").stat().st_size > 1000
-    assert not torch.equal(stats["trunk.0.weight"], torch.zeros(()))
+    assert not torch.equal(stats["actor.0.weight"], torch.zeros(()))
 
 
 def test_atari_episodes_end_as_the_others_do():

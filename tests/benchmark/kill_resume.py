@@ -36,9 +36,8 @@ def main(name: str = "ppo", repetitions: str = "10", *flags: str) -> None:
         ending = (
             f"killed {wait:.2f} s after the first checkpoint" if killed else "had finished before the kill"
         )
-        print(
-            f"seed {repetition}: {ending}, resumed: {results['mean_reward']:.1f} ± {results['std_reward']:.1f}"
-        )
+        score = f"{results['mean_reward']:.1f} ± {results['std_reward']:.1f}"
+        print(f"seed {repetition}: {ending}, resumed: {score}")
 
 
 if __name__ == "__main__":
