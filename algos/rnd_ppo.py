@@ -58,7 +58,8 @@ Run: python algos/rnd_ppo.py
      paper with --num-envs 128 --num-steps 128 --num-minibatches 4 --update-epochs 4 --learning-rate 1e-4
      --clip-coef 0.1 --gamma 0.999 --int-coef 1 --ent-coef 0.001 --predictor-share 0.25
      --total-timesteps 500000000
-Expect: on Pyramids a mean return of 1.4 after 3 million steps and 5 minutes (without ever finding gold: −1).
+Expect: on Pyramids, with --total-timesteps 1000000, a mean return of 1.36 (seed 1; −1 is never to find gold).
+The default of 3 million steps takes about 5 minutes at 11,000 steps/s.
 """
 
 import difflib
