@@ -53,8 +53,8 @@ https://openreview.net/forum?id=r1lgTGL5DE, time limits https://arxiv.org/abs/17
 Read first: q_learning.py (states, actions, returns).
 New here: a network is the policy, and its gradient is estimated from samples.
 Run: python algos/reinforce.py
-Expect: CartPole 500, the maximum, in 6 seconds. With the flags that README shows, Pixelcopter @@COP@@,
-and a Pong that loses no point and wins one or two (+1.4) in 4 minutes.
+Expect: CartPole 500, the maximum, in 6 seconds. With the flags that README shows, Pixelcopter about 560
+in 5 minutes, and a Pong that hardly loses a point and wins one or two (+1.4) in 4 minutes.
 """
 
 import difflib
@@ -224,7 +224,7 @@ def mean_of_others(returns, playing):
     return np.where(others > 0, (total - returns) / np.maximum(others, 1), 0.0)
 
 
-def flatten(x, playing):
+def in_a_row(x, playing):
     """(T, N, …) -> (M, …), a tensor: one episode after the other, nothing from beyond their ends."""
     return torch.from_numpy(x.swapaxes(0, 1)[playing.T])
 
@@ -480,8 +480,8 @@ def train(args: Args) -> dict:
         recent_returns.extend(returns.tolist())
 
         # [B] credit
-        b_obs = agent.scale(flatten(obs, playing))  # (T, N, D) -> (M, D)
-        b_actions = flatten(actions, playing).to(device)  # (T, N) -> (M,)
+        b_obs = agent.scale(in_a_row(obs, playing))  # (T, N, D) -> (M, D)
+        b_actions = in_a_row(actions, playing).to(device)  # (T, N) -> (M,)
         values, last_values = zero, np.zeros(N)
         if agent.critic is not None:
             with torch.no_grad():
@@ -493,7 +493,7 @@ def train(args: Args) -> dict:
         # https://doi.org/10.1038/nature14236). Off by default; try: --clip-rewards
         credit = np.sign(rewards) if args.clip_rewards else rewards
         credit = returns_to_go(credit, playing, last_values, args.gamma, args.restart_credit)  # (T, N)
-        b_returns = flatten(credit, playing).float().to(device)  # (M,)
+        b_returns = in_a_row(credit, playing).float().to(device)  # (M,)
         # [Trick 1] Rewards of the past only add chance (Williams 1992 has the whole return).
         # Ablate: --no-reward-to-go
         if not args.reward_to_go:
@@ -501,7 +501,7 @@ def train(args: Args) -> dict:
         # [Trick 2] The same goes for what comes whatever one does (Williams 1992). Ablate: --baseline none
         if args.baseline == "batch":
             credit = credit - mean_of_others(credit, playing)
-        b_advantages = flatten(credit, playing).float().to(device) - values  # (4)
+        b_advantages = in_a_row(credit, playing).float().to(device) - values  # (4)
         # [Trick 3] The gradient keeps one scale while returns grow (common practice).
         # Ablate: --no-normalize-returns
         if args.normalize_returns:
@@ -542,7 +542,7 @@ def train(args: Args) -> dict:
                 v_loss.backward()
                 optimizer.step()
         if agent.stats:  # not before: the policy that learns must be the one that played
-            agent.stats.update(flatten(obs, playing).to(device))
+            agent.stats.update(in_a_row(obs, playing).to(device))
         if not torch.isfinite(mean_gradient.sum() + v_loss):
             loss = pg_loss + v_loss.item()
             fail(f"the loss is {loss} at step {global_step}; the last checkpoint is good", code=1)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import reinforce
 import torch
-from reinforce import Args, RunningStats, flatten, mean_of_others, returns_to_go
+from reinforce import Args, RunningStats, in_a_row, mean_of_others, returns_to_go
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
@@ -52,12 +52,12 @@ def test_mean_of_others_by_hand():
     np.testing.assert_array_equal(mean_of_others(returns, playing)[playing], want[playing])
 
 
-def test_flatten_puts_one_episode_after_the_other_and_drops_the_rest():
+def test_in_a_row_puts_one_episode_after_the_other_and_drops_the_rest():
     T, N, D = 4, 3, 2
     x = np.arange(T * N * D).reshape(T, N, D)
     lengths = [2, 4, 1]
     playing = np.arange(T)[:, None] < lengths
-    pieces = flatten(x, playing).split(lengths)
+    pieces = in_a_row(x, playing).split(lengths)
     for n, piece in enumerate(pieces):
         np.testing.assert_array_equal(piece, x[: lengths[n], n])
 
