@@ -395,6 +395,8 @@ def setup_torch(args: Args) -> torch.device:
     """Seed PyTorch and choose the device."""
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # sharing out work this small takes longer than doing it
+    # The momentum of units that are never used fades to numbers so small that a processor slows down tenfold.
+    torch.set_flush_denormal(True)
     if args.cuda and not torch.cuda.is_available():
         print("no CUDA device found, going on on the CPU")
     return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
