@@ -153,35 +153,36 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
 
 
 class RunningNorm(nn.Module):
-    """Running mean and variance of all that `update` has seen, equation (11), and the scaling by them.
+    """Running mean and variance of all that `update` has seen, and the scaling by them.
 
     They are buffers, so they are in the checkpoint with the weights, and only training calls `update`: an
     evaluation sees the world as the end of training did. Without them, a trained policy is worth nothing.
     """
 
-    def __init__(self, size: int, limit: float = 10.0) -> None:
+    def __init__(self, *shape: int, limit: float) -> None:
         super().__init__()
         self.limit = limit
         # float64: after millions of numbers, the next one must not vanish in rounding.
-        self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(size, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros(size, dtype=torch.float64))
-        self.register_buffer("shift", torch.zeros(size))  # the mean in float32
-        self.register_buffer("scale", torch.ones(size))  # 1 / √var
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros(shape))  # the mean in float32
+        self.register_buffer("scale", torch.ones(shape))  # 1 / √var
 
     @torch.no_grad()
     def update(self, batch: torch.Tensor) -> None:
-        """Take in a batch (B, size)."""
-        batch_var, batch_mean = torch.var_mean(batch.double(), 0, correction=0)  # (size,)
+        """Merge in a batch (B, *shape), each element with the weight of each before: Chan's formula,
+        http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf, equation 2.1."""
+        batch_var, batch_mean = torch.var_mean(batch.double(), 0, correction=0)  # (*shape)
         self.count += len(batch)
         weight, delta = len(batch) / self.count, batch_mean - self.mean
-        self.mean += weight * delta  # (11)
-        self.var += weight * (batch_var - self.var + (1 - weight) * delta**2)  # (11)
+        self.mean += weight * delta
+        self.var += weight * (batch_var - self.var + (1 - weight) * delta**2)
         self.shift.copy_(self.mean)
         self.scale.copy_((self.var + 1e-8).rsqrt())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, size) -> (B, size) of mean 0 and deviation 1, outliers cut at ±limit."""
+        """(B, *shape) -> (B, *shape) of mean 0, deviation 1; what first varies lands at ±limit."""
         return ((x - self.shift) * self.scale).clamp(-self.limit, self.limit)
 
 
@@ -244,8 +245,9 @@ class Agent(nn.Module):
         self.noise = Noise(64, num_actions, args.log_std_init, args.use_sde)
         # [Trick 3] Angles, speeds and contacts come in different units; a network learns soonest from inputs
         # of one scale. Ablate: --no-norm-obs
-        self.norm_obs = RunningNorm(obs_dim, limit=10.0 if args.norm_obs else math.inf)  # not updated: x → x
-        self.norm_return = RunningNorm(1)
+        limit = 10.0 if args.norm_obs else math.inf  # never updated, it leaves x as it is
+        self.norm_obs = RunningNorm(obs_dim, limit=limit)  # (11)
+        self.norm_return = RunningNorm(1, limit=math.inf)
 
     def in_numpy(self):
         """The policy as a NumPy function: observations (N, D) -> features (N, F), mean actions (N, A).

@@ -141,26 +141,38 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     return envs
 
 
-class RunningStats(nn.Module):
-    """Mean and variance of all that has been seen; buffers, so that the agent's checkpoint holds them."""
+class RunningNorm(nn.Module):
+    """Running mean and variance of all that `update` has seen, and the scaling by them.
 
-    def __init__(self, *shape: int) -> None:
+    They are buffers, so they are in the checkpoint with the weights, and only training calls `update`: an
+    evaluation sees the world as the end of training did. Without them, a trained policy is worth nothing.
+    """
+
+    def __init__(self, *shape: int, limit: float) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("var", torch.ones(shape))
+        self.limit = limit
+        # float64: after millions of numbers, the next one must not vanish in rounding.
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros(shape))  # the mean in float32
+        self.register_buffer("scale", torch.ones(shape))  # 1 / √var
 
+    @torch.no_grad()
     def update(self, batch: torch.Tensor) -> None:
-        """Merge those of a batch (B, *shape) with those so far, each with as much weight as elements."""
-        mean, var = batch.float().mean(0), batch.float().var(0, correction=0)
+        """Merge in a batch (B, *shape), each element with the weight of each before: Chan's formula,
+        http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf, equation 2.1."""
+        batch_var, batch_mean = torch.var_mean(batch.double(), 0, correction=0)  # (*shape)
         self.count += len(batch)
-        share, delta = (len(batch) / self.count).float(), mean - self.mean
-        self.var += share * (var - self.var + (1 - share) * delta**2)
-        self.mean += share * delta
+        weight, delta = len(batch) / self.count, batch_mean - self.mean
+        self.mean += weight * delta
+        self.var += weight * (batch_var - self.var + (1 - weight) * delta**2)
+        self.shift.copy_(self.mean)
+        self.scale.copy_((self.var + 1e-8).rsqrt())
 
-    def normalize(self, x: torch.Tensor) -> torch.Tensor:
-        """Equation (10). x: (B, *shape). What never varied until now gives 5 as soon as it does."""
-        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-5, 5)  # (10)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, *shape) -> (B, *shape) of mean 0, deviation 1; what first varies lands at ±limit."""
+        return ((x - self.shift) * self.scale).clamp(-self.limit, self.limit)
 
 
 class Agent(nn.Module):
@@ -177,14 +189,14 @@ class Agent(nn.Module):
 
         self.actor = mlp(num_actions)  # (B, D) -> (B, A) logits
         self.critic = mlp(1) if args.baseline == "value" else None  # (B, D) -> (B, 1) values
-        self.stats = RunningStats(obs_dim) if args.normalize_obs else None
+        self.norm_obs = RunningNorm(obs_dim, limit=5.0) if args.normalize_obs else None  # (10)
 
     def scale(self, obs: np.ndarray) -> torch.Tensor:
         """Observations (B, D) as the networks read them: float32 tensors, with [Trick 5] normalised."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.actor[-1].weight.device)
         # [Trick 5] Positions, speeds and angles on one scale, or the largest drowns the others (common
         # practice). Off by default, CartPole's are alike; try: --normalize-obs
-        return self.stats.normalize(obs) if self.stats else obs
+        return self.norm_obs(obs) if self.norm_obs else obs
 
 
 def make_agent(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> Agent:
@@ -543,8 +555,8 @@ def train(args: Args) -> dict:
                 optimizer.zero_grad()  # the policy has no gradient now, so Adam leaves it alone
                 v_loss.backward()
                 optimizer.step()
-        if agent.stats:  # not before: the policy that learns must be the one that played
-            agent.stats.update(in_a_row(obs, playing).to(device))
+        if agent.norm_obs:  # not before: the policy that learns must be the one that played
+            agent.norm_obs.update(in_a_row(obs, playing).to(device))
         if not torch.isfinite(mean_gradient.sum() + v_loss):
             loss = pg_loss + v_loss.item()
             fail(f"the loss is {loss} at step {global_step}; the last checkpoint is good", code=1)

@@ -195,26 +195,38 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     return RecordEpisodeStatistics(envs)
 
 
-class RunningStats(nn.Module):
-    """Mean and variance of all that has been seen; buffers, so that the agent's checkpoint holds them."""
+class RunningNorm(nn.Module):
+    """Running mean and variance of all that `update` has seen, and the scaling by them.
 
-    def __init__(self, *shape: int) -> None:
+    They are buffers, so they are in the checkpoint with the weights, and only training calls `update`: an
+    evaluation sees the world as the end of training did. Without them, a trained policy is worth nothing.
+    """
+
+    def __init__(self, *shape: int, limit: float) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("var", torch.ones(shape))
+        self.limit = limit
+        # float64: after millions of numbers, the next one must not vanish in rounding.
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros(shape))  # the mean in float32
+        self.register_buffer("scale", torch.ones(shape))  # 1 / √var
 
+    @torch.no_grad()
     def update(self, batch: torch.Tensor) -> None:
-        """Merge those of a batch (B, *shape) with those so far, each with as much weight as elements."""
-        mean, var = batch.float().mean(0), batch.float().var(0, correction=0)
+        """Merge in a batch (B, *shape), each element with the weight of each before: Chan's formula,
+        http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf, equation 2.1."""
+        batch_var, batch_mean = torch.var_mean(batch.double(), 0, correction=0)  # (*shape)
         self.count += len(batch)
-        share, delta = (len(batch) / self.count).float(), mean - self.mean
-        self.var += share * (var - self.var + (1 - share) * delta**2)
-        self.mean += share * delta
+        weight, delta = len(batch) / self.count, batch_mean - self.mean
+        self.mean += weight * delta
+        self.var += weight * (batch_var - self.var + (1 - weight) * delta**2)
+        self.shift.copy_(self.mean)
+        self.scale.copy_((self.var + 1e-8).rsqrt())
 
-    def normalize(self, x: torch.Tensor) -> torch.Tensor:
-        """Equation (10). x: (B, *shape). What never varied until now gives 5 as soon as it does."""
-        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-5, 5)  # (10)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, *shape) -> (B, *shape) of mean 0, deviation 1; what first varies lands at ±limit."""
+        return ((x - self.shift) * self.scale).clamp(-self.limit, self.limit)
 
 
 class Agent(nn.Module):
@@ -222,7 +234,7 @@ class Agent(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], num_actions: int, ortho_init: bool, norm_obs: bool) -> None:
         super().__init__()
-        self.frames, self.norm_obs = len(shape) == 3, norm_obs
+        self.frames, self.policy_norm = len(shape) == 3, norm_obs
         # For curiosity the newest frame is enough: what is new about a motion shows in it soon.
         newest, width, out = ((1, *shape[1:]), 512, 512) if self.frames else (shape, 256, 128)
 
@@ -250,16 +262,17 @@ class Agent(nn.Module):
                     nn.init.orthogonal_(layer.weight, gain)
                     nn.init.zeros_(layer.bias)
         self.target.requires_grad_(False)
-        self.obs_stats, self.past_stats = RunningStats(*newest), RunningStats()
+        self.norm_obs = RunningNorm(*newest, limit=5.0)  # (10)
+        self.norm_past = RunningNorm(limit=torch.inf)
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """obs: (B, D) or bytes (B, 4, 84, 84). Returns logits (B, A) and values (B, 2)."""
         if self.frames:
             obs = obs / 255
-        elif self.norm_obs:
+        elif self.policy_norm:
             # [Trick 4] Beside metres a second, zeros and ones would go unnoticed (normalised observations,
             # https://arxiv.org/abs/2006.05990). Ablate: --no-norm-obs
-            obs = self.obs_stats.normalize(obs)
+            obs = self.norm_obs(obs)
         return self.actor(obs), self.critic(obs)
 
     def newest(self, obs: torch.Tensor) -> torch.Tensor:
@@ -268,7 +281,7 @@ class Agent(nn.Module):
 
     def novelty(self, obs: torch.Tensor) -> torch.Tensor:
         """Prediction error, equation (11). obs: as above. Returns (B,)."""
-        x = self.obs_stats.normalize(self.newest(obs))
+        x = self.norm_obs(self.newest(obs))  # (10)
         return ((self.predictor(x) - self.target(x)) ** 2).mean(-1)  # (11)
 
 
@@ -548,7 +561,7 @@ def train(args: Args) -> dict:
         envs.reset(seed=env_seeds(N, args.seed, 2))
         for _ in range(args.init_steps):
             current_obs, *_ = envs.step(torch.randint(A, (N,)).numpy())
-            agent.obs_stats.update(agent.newest(torch.from_numpy(current_obs).to(device)))
+            agent.norm_obs.update(agent.newest(torch.from_numpy(current_obs).to(device)))
     # Environments cannot be saved: a resumed run starts new episodes from new seeds.
     current_obs, _ = envs.reset(seed=env_seeds(N, args.seed, 0, global_step))
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True)
@@ -608,8 +621,8 @@ def train(args: Args) -> dict:
                 novelty = novelty.cpu().numpy().reshape(T, N)  # (T*N,) -> (T, N)
                 past = discounted_past(novelty, carry, args.int_gamma)
                 carry = past[-1]
-                agent.past_stats.update(torch.from_numpy(past).to(device).flatten())
-                intrinsic = novelty / float(agent.past_stats.var.sqrt() + 1e-8)  # (13)
+                agent.norm_past.update(torch.from_numpy(past).to(device).flatten())
+                intrinsic = novelty * agent.norm_past.scale.item()  # (13)
         # [Trick 7] Atari's points are of any size, and one step size must do (DQN). Try: --clip-rewards
         gains, v, int_v = np.sign(rewards) if args.clip_rewards else rewards, values[..., 0], values[..., 1]
         task = gae(gains, v[:-1], next_values, terminated, truncated, args.gamma, args.gae_lambda)
@@ -651,7 +664,7 @@ def train(args: Args) -> dict:
                 optimizer.step()
         # Not before: the policy that learns must see what the one that collected saw, or (5) would not be 1.
         for part in b_next_obs.split(minibatch_size):
-            agent.obs_stats.update(agent.newest(part))
+            agent.norm_obs.update(agent.newest(part))
         if not torch.isfinite(loss + grad_norm):
             fail(f"the loss is {loss.item()} at step {global_step}; the last checkpoint is good", code=1)
 

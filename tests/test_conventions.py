@@ -17,7 +17,7 @@ SOURCES = {name: (ROOT / "algos" / f"{name}.py").read_text() for name in SCRIPTS
 README = (ROOT / "README.md").read_text()
 SECTIONS = "Pseudo-code|Equations|Symbols|Departures from the paper|References|Read first|New here|Run|Expect"
 # These are each script's own; every other function of one name has one text.
-OWN = {"make_envs", "make_agent", "load_policy", "train", "td_target"}
+OWN = {"Args", "Agent", "make_envs", "make_agent", "load_policy", "train", "td_target"}
 # q_learning.py has no torch: no device, and NumPy's own file format.
 WITHOUT_TORCH = {"start_run", "save_checkpoint", "load_checkpoint", "evaluate", "record_video", "parse_args"}
 SHARED = "fail parse_args env_seeds setup_torch start_run write_file save_checkpoint load_checkpoint evaluate"
@@ -25,9 +25,9 @@ SHARED_ARGS = "seed cuda run_dir resume evaluate capture_video track wandb_proje
 
 
 def functions(name: str) -> dict[str, str]:
-    """The source of every function and class at the top level of a script, and of methods, by name."""
+    """The source of every function and class at the top level of a script, by name."""
     tree = ast.parse(SOURCES[name])
-    nodes = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    nodes = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     return {node.name: ast.get_source_segment(SOURCES[name], node) for node in nodes}
 
 

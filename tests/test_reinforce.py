@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import reinforce
 import torch
-from reinforce import Args, RunningStats, in_a_row, mean_of_others, returns_to_go
+from reinforce import Args, RunningNorm, in_a_row, mean_of_others, returns_to_go
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
@@ -65,7 +65,7 @@ def test_in_a_row_puts_one_episode_after_the_other_and_drops_the_rest():
 def test_merged_statistics_are_those_of_all_rows():
     rng = np.random.default_rng(0)
     rows = torch.from_numpy(rng.normal([1.0, -50.0, 3.0], [0.1, 20.0, 4.0], (101, 3)))
-    stats = RunningStats(3)
+    stats = RunningNorm(3, limit=5.0)
     for batch in rows.split([1, 70, 30]):
         stats.update(batch)
     np.testing.assert_allclose(stats.mean, rows.mean(0), rtol=1e-5)
@@ -265,18 +265,18 @@ def test_observation_statistics_count_every_step_once_and_nothing_unseen(tmp_pat
     results = reinforce.train(Args(normalize_obs=True, run_dir=str(tmp_path), **run))
     agent = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["agent"]
     steps = results["global_step"]
-    assert agent["stats.count"] == steps
+    assert agent["norm_obs.count"] == steps
     # Every episode has one step at [1, 0]; a second one at [1, 1]. What comes later would bring nines.
     share = (steps - 12) / steps
-    np.testing.assert_allclose(agent["stats.mean"], [1.0, share], rtol=1e-5)
-    np.testing.assert_allclose(agent["stats.var"], [0.0, share * (1 - share)], atol=1e-6)
+    np.testing.assert_allclose(agent["norm_obs.mean"], [1.0, share], rtol=1e-5)
+    np.testing.assert_allclose(agent["norm_obs.var"], [0.0, share * (1 - share)], atol=1e-6)
 
 
 def test_scaled_observations():
     envs = reinforce.make_envs(Args(), 2)
     agent = reinforce.make_agent(Args(normalize_obs=True), envs, torch.device("cpu"))
-    agent.stats.mean.copy_(torch.tensor([1.0, 2, 3, 4]))
-    agent.stats.var.copy_(torch.tensor([4.0, 1, 0.25, 0]))
+    agent.norm_obs.shift.copy_(torch.tensor([1.0, 2, 3, 4]))
+    agent.norm_obs.scale.copy_((torch.tensor([4.0, 1, 0.25, 0]) + 1e-8).rsqrt())
     got = agent.scale(np.array([[3.0, 2, 2, 4], [1, 99, 3, 5]]))
     np.testing.assert_allclose(got, [[1, 0, -2, 0], [0, 5, 0, 5]], atol=1e-5)
     plain = reinforce.make_agent(Args(), envs, torch.device("cpu"))

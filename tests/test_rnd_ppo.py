@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import rnd_ppo
 import torch
-from rnd_ppo import Agent, Args, RunningStats, discounted_past, gae
+from rnd_ppo import Agent, Args, RunningNorm, discounted_past, gae
 
 gym.register_envs(ale_py)
 SMALL = {"env_id": "Counter-terminated-v0", "num_envs": 4, "num_steps": 8, "num_minibatches": 2}
@@ -70,32 +70,32 @@ def test_the_filter_goes_on_with_the_next_rollout():
 def test_statistics_are_those_of_all_elements():
     """Batches of unequal sizes, far from 0: every element counts once, not every batch."""
     data = torch.from_numpy(np.random.default_rng(1).normal([100, -3, 0.5], [2, 5, 0.1], (1009, 3))).float()
-    stats = RunningStats(3)
+    stats = RunningNorm(3, limit=5.0)
     for batch in data.split([1, 500, 7, 200, 301]):
         stats.update(batch)
     assert stats.count == 1009
-    torch.testing.assert_close(stats.mean, data.mean(0), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(stats.var, data.var(0, correction=0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stats.mean.float(), data.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stats.var.float(), data.var(0, correction=0), rtol=1e-4, atol=1e-5)
     x = torch.tensor([[104.0, 1000.0, 0.5]])
     want = ((x - data.mean(0)) / data.std(0, correction=0)).clamp(-5, 5)
-    torch.testing.assert_close(stats.normalize(x), want, rtol=1e-3, atol=1e-3)
-    assert stats.normalize(x)[0, 1] == 5
+    torch.testing.assert_close(stats(x), want, rtol=1e-3, atol=1e-3)
+    assert stats(x)[0, 1] == 5
 
 
 def test_statistics_of_scalars_and_of_constants():
-    stats = RunningStats()
+    stats = RunningNorm(limit=5.0)
     stats.update(torch.tensor([1.0, 2.0, 3.0, 6.0]))
     assert (stats.mean.item(), stats.var.item()) == (3.0, 3.5)
-    constant = RunningStats(2)
+    constant = RunningNorm(2, limit=5.0)
     constant.update(torch.ones(10, 2))
-    assert constant.normalize(torch.tensor([[1.0, 0.9]])).tolist() == [[0.0, -5.0]]
+    assert constant(torch.tensor([[1.0, 0.9]])).tolist() == [[0.0, -5.0]]
 
 
 def test_novelty_falls_where_the_predictor_was_and_stays_elsewhere():
     torch.manual_seed(0)
     agent = Agent((6,), 3, True, True)
     seen, unseen = torch.randn(64, 6) + 2, torch.randn(64, 6) - 2
-    agent.obs_stats.update(torch.cat([seen, unseen]))
+    agent.norm_obs.update(torch.cat([seen, unseen]))
     before = agent.novelty(seen).mean().item(), agent.novelty(unseen).mean().item()
     target = [p.clone() for p in agent.target.parameters()]
     optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], 1e-3)
@@ -107,7 +107,7 @@ def test_novelty_falls_where_the_predictor_was_and_stays_elsewhere():
     assert agent.novelty(unseen).mean().item() > 0.3 * before[1]
     assert all(torch.equal(*pair) for pair in zip(target, agent.target.parameters(), strict=True))
     with torch.no_grad():  # (11) spelled out
-        x = agent.obs_stats.normalize(unseen)
+        x = agent.norm_obs(unseen)
         want = [(agent.predictor(x)[i] - agent.target(x)[i]).square().mean() for i in range(64)]
     torch.testing.assert_close(agent.novelty(unseen).detach(), torch.stack(want))
 
@@ -116,8 +116,8 @@ def test_curiosity_looks_at_the_newest_frame_and_the_policy_at_all_four():
     torch.manual_seed(0)
     agent = Agent((4, 84, 84), 5, True, True)
     obs = torch.randint(0, 255, (2, 4, 84, 84), dtype=torch.uint8)
-    agent.obs_stats.update(agent.newest(obs))
-    assert agent.obs_stats.mean.shape == (1, 84, 84) and agent.obs_stats.count == 2
+    agent.norm_obs.update(agent.newest(obs))
+    assert agent.norm_obs.mean.shape == (1, 84, 84) and agent.norm_obs.count == 2
     older, newer = obs.clone(), obs.clone()
     older[:, 0] = 0
     newer[:, 3] = 255
@@ -214,7 +214,7 @@ def test_what_training_moves_and_what_it_leaves(tmp_path):
     for name in fresh:
         assert torch.equal(trained[name], fresh[name]) == name.startswith("target."), name
     # Elements, not batches: 4 random steps and 16 of training in 4 environments.
-    assert trained["obs_stats.count"] == 4 * 4 + 64 and trained["past_stats.count"] == 64
+    assert trained["norm_obs.count"] == 4 * 4 + 64 and trained["norm_past.count"] == 64
 
 
 def test_no_curiosity_is_plain_ppo(tmp_path):
@@ -223,7 +223,7 @@ def test_no_curiosity_is_plain_ppo(tmp_path):
     torch.manual_seed(1)
     fresh = Agent((2,), 2, True, True).state_dict()
     for name in fresh:
-        untouched = name.startswith(("target.", "predictor.", "past_stats."))
+        untouched = name.startswith(("target.", "predictor.", "norm_past."))
         assert torch.equal(trained[name], fresh[name]) == untouched or name == "critic.4.weight", name
     assert torch.equal(trained["critic.4.weight"][1], fresh["critic.4.weight"][1])  # the intrinsic value
     assert not torch.equal(trained["critic.4.weight"][0], fresh["critic.4.weight"][0])
@@ -241,8 +241,8 @@ def test_resume_restores_the_statistics(tmp_path):
     np.testing.assert_allclose(spied.calls[0][1], before["carry"], rtol=1e-6)
     assert max(before["carry"]) > 0 and after["carry"] != before["carry"]
     # The random steps beforehand are not taken again.
-    assert after["agent"]["obs_stats.count"] == before["agent"]["obs_stats.count"] + 32
-    assert after["agent"]["past_stats.count"] == before["agent"]["past_stats.count"] + 32
+    assert after["agent"]["norm_obs.count"] == before["agent"]["norm_obs.count"] + 32
+    assert after["agent"]["norm_past.count"] == before["agent"]["norm_past.count"] + 32
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_minigrid_and_atari_run(tmp_path, monkeypatch):
         rnd_ppo.train(args)
         stats = checkpoint(tmp_path / name)["agent"]
         shape = (147,) if name == "grid" else (1, 84, 84)
-        assert stats["obs_stats.mean"].shape == shape and stats["obs_stats.count"] == 16 + 64
+        assert stats["norm_obs.mean"].shape == shape and stats["norm_obs.count"] == 16 + 64
     assert (tmp_path / "atari" / "replay.mp4").stat().st_size > 1000
     assert not torch.equal(stats["actor.0.weight"], torch.zeros(()))
 

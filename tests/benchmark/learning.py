@@ -1,0 +1,293 @@
+"""Train every script with several seeds; write results/*.csv, figures/*.png and the results in README.
+
+    python tests/benchmark/learning.py                       all tasks that are not done yet: many hours
+    python tests/benchmark/learning.py --tasks CartPole Taxi those whose name begins so
+    python tests/benchmark/learning.py --tasks --jobs 1      no training: collect, draw and write again
+
+Every run is a process of its own with its own run folder, RUNS_DIR/TASK/seedS. A run that is finished is not
+repeated, one that was killed is resumed, one that crashes leaves its error in RUNS_DIR/TASK/seedS.log and
+stops no other. A run folder of another command line is refused.
+
+A CSV has one row per point of a training curve (phase "training": the mean return of the episodes that ended
+since the last row) and one per finished run (phase "evaluation": what results.json holds).
+"""
+
+import csv
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+POINTS = 100  # of a training curve in a CSV
+COLUMNS = ["seed", "phase", "step", "mean_return", "std_return", "episodes", "minutes", "steps_per_second"]
+# The tests' own game for DQN: a script gets it by importing the test that registers it.
+CATCH = (
+    "import sys; sys.path[:0] = ['algos', 'tests']; import test_dqn_atari, dqn_atari; "
+    "dqn_atari.train(dqn_atari.parse_args())"
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str  # of the CSV
+    script: str
+    flags: str
+    seeds: int  # 1, 2, … this many
+    mark: float | None = None  # published or optimal
+    source: str = ""  # of the mark
+    figure: str = ""  # tasks of one figure are drawn into one picture; "" is the name
+    label: str = ""  # in that picture
+    in_table: bool = True
+    prelude: str = ""  # Python to run instead of the script's file
+
+    @property
+    def command(self) -> str:
+        return " ".join(f"python algos/{self.script}.py {self.flags}".split())
+
+
+SLIPPERY = (
+    "--env-kwargs '{\"is_slippery\": true}' --total-episodes 20000 --gamma 0.99 --lr-visits 20 "
+    "--max-steps 100 --eval-episodes 1000"
+)
+SLIPPERY_8X8 = (
+    "--env-id FrozenLake8x8-v1 --total-episodes 20000 --gamma 0.995 --lr-visits 100 --max-steps 200 "
+    "--eval-episodes 1000"
+)
+TAXI = "--env-id Taxi-v4 --total-episodes 25000 --decay-rate 0.0005 --learning-rate 1"
+ATARI_PONG = "--env-id ALE/Pong-v5 --learning-starts 10000"
+PENDULUM = "--env-id Pendulum-v1"
+DOORKEY = "--env-id MiniGrid-DoorKey-8x8-v0 --total-timesteps 1000000"
+LANDER = (
+    "--env-id LunarLander-v3 --total-timesteps 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256 "
+    "--update-epochs 4 --learning-rate 1e-3 --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01"
+)
+COPTER = (
+    "--env-id envs.pixelcopter:Pixelcopter-v0 --num-envs 64 --total-episodes 20000 --learning-rate 1e-2 "
+    "--gamma 0.97 --hidden-sizes 64 128 --entropy-coef 0.01 --baseline value --normalize-obs --no-anneal-lr"
+)
+PONG = (
+    "--env-id envs.pong:PongPLE-v0 --num-envs 16 --total-episodes 3200 --learning-rate 1e-2 "
+    "--hidden-sizes 64 128 --entropy-coef 0.01 --baseline value --normalize-obs --restart-credit "
+    "--clip-rewards"
+)
+CHEETAH = (
+    "--env-id HalfCheetah-v5 --total-timesteps 1000000 --no-use-sde --log-std-init -1 --gae-lambda 0.95 "
+    "--no-use-rms-prop --learning-rate 3e-4"
+)
+PPO_TRICKS = (
+    "--no-ortho-init",
+    "--no-anneal-lr",
+    "--no-norm-adv",
+    "--clip-vloss",
+    "--max-grad-norm 0",
+    "--target-kl 0.02",
+)
+CATCH_FLAGS = (
+    "--env-id ALE/Catch-v5 --no-clip-rewards --total-timesteps 8000 --learning-starts 400 --buffer-size 2000 "
+    "--learning-rate 5e-4 --target-network-frequency 100 --exploration-fraction 0.5 --eval-episodes 40"
+)
+DQN_PARTS = {
+    "all three": "",
+    "no replay": " --buffer-size 32 --learning-starts 32",
+    "no fixed target": " --target-network-frequency 1",
+    "no double Q": " --no-double-q",
+}
+TASKS = [
+    Task("FrozenLake 4x4", "q_learning", "", 5, 1.0, "the optimum"),
+    Task("FrozenLake 4x4 slippery", "q_learning", SLIPPERY, 5, 0.744, "the optimum"),
+    Task("FrozenLake 8x8 slippery", "q_learning", SLIPPERY_8X8, 5, 0.913, "the optimum"),
+    Task("Taxi", "q_learning", TAXI, 5, 7.56, "the optimum on these 100 seeds"),
+    Task("CartPole REINFORCE", "reinforce", "", 5, 350, "pass mark of the course"),
+    Task("Pixelcopter", "reinforce", COPTER, 3, 40, "models of the course, mostly 20 to 40"),
+    Task("Pong PLE", "reinforce", PONG, 3, -16, "models of the course"),
+    Task("Space Invaders", "dqn_atari", "", 1, 200, "pass mark of the course, mean − std"),
+    Task("Atari Pong", "dqn_atari", ATARI_PONG, 1, 20.6, "RL Zoo, 10M steps"),
+    Task("AntBullet", "a2c_continuous", "", 3, 2443, "SB3, gSDE, 6 seeds"),
+    Task("HalfCheetahBullet", "a2c_continuous", "--env-id HalfCheetahBulletEnv-v0", 3, 2107, "RL Zoo"),
+    Task("HalfCheetah", "a2c_continuous", CHEETAH, 3, 3041, "RL Zoo, v3"),
+    Task("Pendulum", "a2c_continuous", PENDULUM, 3, -163, "RL Zoo"),
+    Task("CartPole PPO", "ppo", "", 5, 500, "the maximum; RL Zoo"),
+    Task("Acrobot", "ppo", "--env-id Acrobot-v1 --total-timesteps 500000", 3, -86.4, "CleanRL"),
+    Task("LunarLander", "ppo", LANDER, 3, 242.1, "RL Zoo"),
+    Task("Pyramids", "rnd_ppo", "", 3, 1.75, "Unity's benchmark", "Pyramids", "with curiosity"),
+    Task("Pyramids without", "rnd_ppo", "--int-coef 0", 3, 1.75, "", "Pyramids", "--int-coef 0"),
+    Task("DoorKey", "rnd_ppo", DOORKEY, 3, 0.9, "a solved task"),
+    *(
+        Task(f"ablation PPO {flag}", "ppo", flag, 5, None, "", "ppo_ablation", flag or "all tricks", False)
+        for flag in ("", *PPO_TRICKS)
+    ),
+    *(
+        Task(
+            f"ablation DQN {name}",
+            "dqn_atari",
+            CATCH_FLAGS + flag,
+            3,
+            None,
+            "",
+            "dqn_ablation",
+            name,
+            False,
+            CATCH,
+        )
+        for name, flag in DQN_PARTS.items()
+    ),
+]
+
+
+def run(task: Task, seed: int, runs_dir: Path) -> str:
+    """Train one seed, unless that is done; returns "" or what went wrong, in a line."""
+    run_dir = runs_dir / task.name.replace(" ", "_") / f"seed{seed}"
+    if (run_dir / "results.json").exists():
+        return ""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "command.txt").write_text(task.command)
+    saved = (run_dir / "checkpoint.pt").exists() or (run_dir / "q_table.npz").exists()
+    if not saved:
+        (run_dir / "args.json").unlink(missing_ok=True)  # killed before there was anything to resume
+    start = ["-c", task.prelude] if task.prelude else [f"algos/{task.script}.py"]
+    goal = (
+        ["--resume", run_dir] if saved else ["--run-dir", run_dir, "--seed", seed, *shlex.split(task.flags)]
+    )
+    with open(run_dir.with_suffix(".log"), "w") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *start, *map(str, goal)]
+        code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment).returncode
+    return f"{task.name}, seed {seed}: exit code {code}, see {log.name}" if code else ""
+
+
+def collect(task: Task, runs_dir: Path) -> None:
+    """Write results/TASK.csv from the finished runs, if there are any."""
+    rows = []
+    for run_dir in sorted(
+        (runs_dir / task.name.replace(" ", "_")).glob("seed*/"), key=lambda x: int(x.name[4:])
+    ):
+        if not (run_dir / "results.json").exists():
+            continue
+        if (run_dir / "command.txt").read_text() != task.command:
+            sys.exit(f"{run_dir} was run with other flags: delete it to run it again")
+        results = json.loads((run_dir / "results.json").read_text())
+        events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+        events.Reload()
+        points = np.array([(event.step, event.value) for event in events.Scalars("charts/episodic_return")])
+        edges = np.linspace(0, results["global_step"], POINTS + 1)
+        bins = np.digitize(points[:, 0], edges[1:-1], right=True)
+        for b in np.unique(bins):
+            step, mean = int(edges[b + 1]), points[bins == b, 1].mean()
+            rows.append([results["seed"], "training", step, f"{mean:.4g}", "", "", "", ""])
+        row = [results["seed"], "evaluation", results["global_step"]]
+        row += [f"{results['mean_reward']:.4f}", f"{results['std_reward']:.4f}", results["eval_episodes"]]
+        rows.append([*row, f"{results['wall_time_s'] / 60:.2f}", f"{results['steps_per_second']:.0f}"])
+    if rows:
+        (HERE / "results").mkdir(exist_ok=True)
+        with open(HERE / "results" / f"{slug(task.name)}.csv", "w", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *rows])
+
+
+def slug(name: str) -> str:
+    """A file name without blanks."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def read(task: Task, phase: str) -> np.ndarray:
+    """Rows (seed, step, mean, std, minutes) of a phase in the task's CSV; none if it is not there."""
+    path = HERE / "results" / f"{slug(task.name)}.csv"
+    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    keys = ("seed", "step", "mean_return", "std_return", "minutes")
+    return np.array([[float(row[key] or 0) for key in keys] for row in rows if row["phase"] == phase])
+
+
+def interval(values: np.ndarray) -> np.ndarray:
+    """Bootstrap 95% interval of the mean over seeds. values: (seeds, points). Returns (2, points)."""
+    drawn = np.random.default_rng(0).integers(len(values), size=(1000, len(values)))
+    return np.percentile(values[drawn].mean(1), (2.5, 97.5), axis=0)
+
+
+def draw(name: str, tasks: list[Task]) -> None:
+    """Learning curves of these tasks in one picture: mean and interval across seeds, the mark as a line."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for task in tasks:
+        points = read(task, "training")
+        if not len(points):
+            continue
+        seeds = np.unique(points[:, 0])
+        steps = np.unique(points[:, 1])
+        curves = [points[points[:, 0] == seed] for seed in seeds]
+        values = np.stack([np.interp(steps, curve[:, 1], curve[:, 2]) for curve in curves])
+        (line,) = axes.plot(steps, values.mean(0), label=f"{task.label or task.name}, {len(seeds)} seeds")
+        if len(seeds) > 1:
+            axes.fill_between(steps, *interval(values), color=line.get_color(), alpha=0.2, linewidth=0)
+        if task.source:
+            axes.axhline(
+                task.mark, color="grey", linestyle="--", linewidth=1, label=f"{task.mark:g}: {task.source}"
+            )
+    axes.set(
+        xlabel="environment steps",
+        ylabel="return of training episodes",
+        title=tasks[0].figure or tasks[0].name,
+    )
+    axes.legend(fontsize=7)
+    (HERE / "figures").mkdir(exist_ok=True)
+    figure.savefig(HERE / "figures" / f"{slug(name)}.png", dpi=110)
+    plt.close(figure)
+
+
+def table() -> str:
+    """README's table of results, one row per task that has a CSV."""
+    lines = ["| task | result, seed by seed | mark | steps | minutes a run |", "|---|---|---|---|---|"]
+    commands = []
+    for task in TASKS:
+        rows = read(task, "evaluation")
+        if not len(rows) or not task.in_table:
+            continue
+        each = ", ".join(f"{row[2]:.2f} ± {row[3]:.2f}" for row in rows)
+        steps = max(rows[:, 1])
+        mark = f"{task.mark:g} ({task.source})" if task.source else "—"
+        name = f"[{task.name}](tests/benchmark/figures/{slug(task.figure or task.name)}.png)"
+        lines.append(f"| {name} | {each} | {mark} | {steps:,.0f} | {np.median(rows[:, 4]):.1f} |")
+        commands.append(f"{task.command}  # {task.name}".strip())
+    return "\n".join([*lines, "", "```bash", *commands, "```"])
+
+
+def main(
+    tasks: list[str] | None = None, jobs: int = os.cpu_count() or 1, runs_dir: Path = ROOT / "runs/benchmark"
+) -> None:
+    """tasks: beginnings of names, default all. jobs: runs at a time. runs_dir: where the run folders are."""
+    chosen = [task for task in TASKS if tasks is None or task.name.startswith(tuple(tasks))]
+    work = [(task, seed) for task in chosen for seed in range(1, task.seeds + 1)]
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        done = pool.map(lambda pair: run(*pair, runs_dir.resolve()), work)
+        for error in tqdm(done, total=len(work), unit=" runs"):
+            if error:
+                tqdm.write(error)
+    for task in TASKS:
+        collect(task, runs_dir)
+    for name in dict.fromkeys(task.figure or task.name for task in TASKS):
+        group = [task for task in TASKS if name == (task.figure or task.name)]
+        if any(len(read(task, "training")) for task in group):
+            draw(name, group)
+    readme = (ROOT / "README.md").read_text()
+    begin, end = "<!-- results: written by tests/benchmark/learning.py -->", "<!-- end of results -->"
+    head, rest = readme.split(begin)
+    readme = f"{head}{begin}\n{table()}\n{end}{rest.split(end)[1]}"
+    (ROOT / "README.md").write_text(readme)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
