@@ -71,7 +71,7 @@ SLIPPERY_8X8 = (
 )
 TAXI = "--env-id Taxi-v4 --total-episodes 25000 --decay-rate 0.0005 --learning-rate 1"
 ATARI_PONG = "--env-id ALE/Pong-v5 --learning-starts 10000"
-PENDULUM = "--env-id Pendulum-v1"
+PENDULUM = "--env-id Pendulum-v1 --total-timesteps 1000000 --num-envs 8 --gamma 0.9 --learning-rate 7e-4"
 DOORKEY = "--env-id MiniGrid-DoorKey-8x8-v0 --total-timesteps 1000000"
 LANDER = (
     "--env-id LunarLander-v3 --total-timesteps 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256 "
@@ -265,9 +265,15 @@ def table() -> str:
 
 
 def main(
-    tasks: list[str] | None = None, jobs: int = os.cpu_count() or 1, runs_dir: Path = ROOT / "runs/benchmark"
+    tasks: list[str] | None = None,
+    jobs: int = os.cpu_count() or 1,
+    runs_dir: Path = ROOT / "runs/benchmark",
+    report: bool = True,
 ) -> None:
-    """tasks: beginnings of names, default all. jobs: runs at a time. runs_dir: where the run folders are."""
+    """tasks: beginnings of names, default all. jobs: runs at a time. runs_dir: where the run folders are.
+
+    report: collect, draw and write once all is trained.
+    """
     chosen = [task for task in TASKS if tasks is None or task.name.startswith(tuple(tasks))]
     work = [(task, seed) for task in chosen for seed in range(1, task.seeds + 1)]
     runs_dir.mkdir(parents=True, exist_ok=True)
@@ -276,6 +282,8 @@ def main(
         for error in tqdm(done, total=len(work), unit=" runs"):
             if error:
                 tqdm.write(error)
+    if not report:
+        return
     for task in TASKS:
         collect(task, runs_dir)
     for name in dict.fromkeys(task.figure or task.name for task in TASKS):

@@ -1,0 +1,174 @@
+"""Measure the scripts' steps per second, beside the environment alone and, if installed, Stable-Baselines3.
+
+    python tests/benchmark/speed.py                    all, three rounds in turn; nothing else should run
+    python tests/benchmark/speed.py --only "PPO CartPole" --rounds 5
+
+Where the time goes is sampled: every 2 ms a thread looks where the training loop is. Inside of an
+environment's `step` counts as environment, the rest of section [A] as acting, all other sections as learning.
+Speeds are medians with their range; rounds alternate between us and the peer: both see the same machine.
+Writes results/speed.csv.
+"""
+
+import csv
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+HERE = Path(__file__).parent
+ALGOS = HERE.parents[1] / "algos"
+
+
+@dataclass(frozen=True)
+class Case:
+    script: str
+    flags: dict
+    peer: str = ""  # Python that makes `model`, a Stable-Baselines3 model of the same settings; "" for none
+
+
+VEC = "from stable_baselines3.common.env_util import make_vec_env\n"
+NORM = "from stable_baselines3.common.vec_env import VecNormalize\n"
+A2C = (
+    "A2C('MlpPolicy', VecNormalize(make_vec_env('{}', 4)), n_steps=8, gae_lambda=0.9, vf_coef=0.4, "
+    "use_sde=True, device='cpu', policy_kwargs=dict(log_std_init=-2, ortho_init=False))"
+)
+ANT, CHEETAH = "pybullet_envs_gymnasium:AntBulletEnv-v0", "HalfCheetah-v5"
+CASES = {
+    "Q-learning FrozenLake": Case("q_learning", {"total_episodes": 10_000}),
+    "REINFORCE CartPole": Case("reinforce", {}),
+    "DQN Space Invaders": Case(
+        "dqn_atari",
+        {"total_timesteps": 6000, "learning_starts": 100, "buffer_size": 10_000},
+        "from stable_baselines3.common.env_util import make_atari_env\n"
+        "from stable_baselines3.common.vec_env import VecFrameStack\n"
+        "import ale_py\n"
+        "envs = VecFrameStack(make_atari_env('ALE/SpaceInvaders-v5', 1, env_kwargs=dict(frameskip=1)), 4)\n"
+        "model = DQN('CnnPolicy', envs, buffer_size=10_000, learning_starts=100, batch_size=32, "
+        "train_freq=4, target_update_interval=1000, device='cpu')",
+    ),
+    "A2C Ant": Case("a2c_continuous", {"total_timesteps": 20_000}, VEC + NORM + "model = " + A2C.format(ANT)),
+    "A2C HalfCheetah": Case(
+        "a2c_continuous",
+        {"env_id": CHEETAH, "total_timesteps": 60_000},
+        VEC + NORM + "model = " + A2C.format(CHEETAH),
+    ),
+    "PPO CartPole": Case(
+        "ppo",
+        {
+            "num_envs": 4,
+            "num_steps": 128,
+            "num_minibatches": 4,
+            "update_epochs": 4,
+            "total_timesteps": 100_000,
+        },
+        VEC
+        + "model = PPO('MlpPolicy', make_vec_env('CartPole-v1', 4), n_steps=128, batch_size=128, n_epochs=4, "
+        "device='cpu')",
+    ),
+    "RND Pyramids": Case("rnd_ppo", {"total_timesteps": 100_000}),
+}
+
+
+def measure(name: str) -> None:
+    """Train once in this process and print what was measured as JSON."""
+    sys.path.insert(0, str(ALGOS))
+    case = CASES[name]
+    module = importlib.import_module(case.script)
+    lines = (ALGOS / f"{case.script}.py").read_text().splitlines()
+    section, sections = "", {}  # of each line: the letter of the last banner
+    for number, line in enumerate(lines, 1):
+        if banner := re.match(r" +# \[([A-D])\]", line):
+            section = banner[1]
+        sections[number] = section
+    acting = "B" if case.script == "q_learning" else "A"
+    counts, main_thread, finished = Counter(), threading.main_thread().ident, threading.Event()
+
+    def sample() -> None:
+        while not finished.wait(0.002):
+            frame, inside = sys._current_frames()[main_thread], False
+            while frame and frame.f_code.co_name != "train":
+                inside |= frame.f_code.co_name == "step" and "optim" not in frame.f_code.co_filename
+                frame = frame.f_back
+            if frame:
+                here = sections[frame.f_lineno]
+                counts["environment" if inside else "acting" if here == acting else "learning"] += 1
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = module.Args(**case.flags, run_dir=folder, eval_episodes=1)
+        thread = threading.Thread(target=sample)
+        thread.start()
+        speed = module.train(args)["steps_per_second"]
+        finished.set()
+        thread.join()
+    envs = module.make_envs(args, getattr(args, "num_envs", 1))
+    envs.reset(seed=module.env_seeds(envs.num_envs, 0))
+    envs.action_space.seed(0)
+    steps, started = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - started) < 3:
+        envs.step(envs.action_space.sample())
+        steps += envs.num_envs
+    share = {part: counts[part] / sum(counts.values()) for part in ("environment", "acting", "learning")}
+    print(json.dumps({"speed": speed, "ceiling": steps / seconds} | share))
+
+
+def measure_peer(name: str) -> None:
+    """Train Stable-Baselines3 once in this process and print its speed as JSON."""
+    import stable_baselines3
+    import torch
+
+    torch.set_num_threads(1 if "DQN" not in name else torch.get_num_threads())
+    scope = {key: getattr(stable_baselines3, key) for key in ("A2C", "DQN", "PPO")}
+    exec(CASES[name].peer, scope)
+    steps = CASES[name].flags["total_timesteps"]
+    started = time.perf_counter()
+    scope["model"].learn(steps)
+    print(json.dumps({"speed": steps / (time.perf_counter() - started)}))
+
+
+def main(only: str | None = None, rounds: int = 3, one: str | None = None, peer: bool = False) -> None:
+    """only: the case to measure. rounds: repetitions. one, peer: what a process of its own does."""
+    if one:
+        (measure_peer if peer else measure)(one)
+        return
+    with_peer = importlib.util.find_spec("stable_baselines3") is not None
+    rows = []
+    for name in [only] if only else CASES:
+        ours, theirs = [], []
+        for _ in range(rounds):
+            for flags, results in (([], ours), (["--peer"], theirs)):
+                if flags and not (with_peer and CASES[name].peer):
+                    continue
+                command = [sys.executable, __file__, "--one", name, *flags]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(done.stderr)
+                results.append(json.loads(done.stdout.splitlines()[-1]))
+        speeds, peers = ([result["speed"] for result in results] for results in (ours, theirs))
+        row = {"case": name, "steps_per_second": f"{np.median(speeds):.0f}"}
+        row |= {"range": f"{min(speeds):.0f} to {max(speeds):.0f}"}
+        row |= {"environment_alone": f"{np.median([result['ceiling'] for result in ours]):.0f}"}
+        for part in ("environment", "acting", "learning"):
+            row[part] = f"{np.median([result[part] for result in ours]):.2f}"
+        row["sb3"] = f"{np.median(peers):.0f}" if peers else ""
+        row["sb3_range"] = f"{min(peers):.0f} to {max(peers):.0f}" if peers else ""
+        rows.append(row)
+        print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    if not only:
+        with open(HERE / "results" / "speed.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
