@@ -55,6 +55,7 @@ class Task:
     label: str = ""  # in that picture
     in_table: bool = True
     prelude: str = ""  # Python to run instead of the script's file
+    note: str = ""  # for the table
 
     @property
     def command(self) -> str:
@@ -108,23 +109,24 @@ DQN_PARTS = {
     "no fixed target": " --target-network-frequency 1",
     "no double Q": " --no-double-q",
 }
+ON_SEEDS = "flags chosen on these seeds"
 TASKS = [
     Task("FrozenLake 4x4", "q_learning", "", 5, 1.0, "the optimum"),
     Task("FrozenLake 4x4 slippery", "q_learning", SLIPPERY, 5, 0.744, "the optimum"),
     Task("FrozenLake 8x8 slippery", "q_learning", SLIPPERY_8X8, 5, 0.913, "the optimum"),
     Task("Taxi", "q_learning", TAXI, 5, 7.56, "the optimum on these 100 seeds"),
     Task("CartPole REINFORCE", "reinforce", "", 5, 350, "pass mark of the course"),
-    Task("Pixelcopter", "reinforce", COPTER, 3, 40, "models of the course, mostly 20 to 40"),
-    Task("Pong PLE", "reinforce", PONG, 3, -16, "models of the course"),
+    Task("Pixelcopter", "reinforce", COPTER, 3, 40, "models of the course: 20 to 40", note=ON_SEEDS),
+    Task("Pong PLE", "reinforce", PONG, 3, -16, "models of the course", note=ON_SEEDS),
     Task("Space Invaders", "dqn_atari", "", 1, 200, "pass mark of the course, mean − std"),
     Task("Atari Pong", "dqn_atari", ATARI_PONG, 1, 20.6, "RL Zoo, 10M steps"),
     Task("AntBullet", "a2c_continuous", "", 3, 2443, "SB3, gSDE, 6 seeds"),
     Task("HalfCheetahBullet", "a2c_continuous", "--env-id HalfCheetahBulletEnv-v0", 3, 2107, "RL Zoo"),
-    Task("HalfCheetah", "a2c_continuous", CHEETAH, 3, 3041, "RL Zoo, v3"),
+    Task("HalfCheetah", "a2c_continuous", CHEETAH, 3, 3041, "RL Zoo, v3", note="flags chosen on seeds 1, 2"),
     Task("Pendulum", "a2c_continuous", PENDULUM, 3, -163, "RL Zoo"),
     Task("CartPole PPO", "ppo", "", 5, 500, "the maximum; RL Zoo"),
     Task("Acrobot", "ppo", "--env-id Acrobot-v1 --total-timesteps 500000", 3, -86.4, "CleanRL"),
-    Task("LunarLander", "ppo", LANDER, 3, 242.1, "RL Zoo"),
+    Task("LunarLander", "ppo", LANDER, 3, 242.1, "RL Zoo", note="learning rate chosen on seed 1"),
     Task("Pyramids", "rnd_ppo", "", 3, 1.75, "Unity's benchmark", "Pyramids", "with curiosity"),
     Task("Pyramids without", "rnd_ppo", "--int-coef 0", 3, 1.75, "", "Pyramids", "--int-coef 0"),
     Task("DoorKey", "rnd_ppo", DOORKEY, 3, 0.9, "a solved task"),
@@ -249,7 +251,7 @@ def draw(name: str, tasks: list[Task]) -> None:
 
 def table() -> str:
     """README's table of results, one row per task that has a CSV."""
-    lines = ["| task | result, seed by seed | mark | steps | minutes a run |", "|---|---|---|---|---|"]
+    lines = ["| task | script | result, seed by seed | mark | steps | minutes |", "|---|---|---|---|---|---|"]
     commands = []
     for task in TASKS:
         rows = read(task, "evaluation")
@@ -259,8 +261,10 @@ def table() -> str:
         steps = max(rows[:, 1])
         mark = f"{task.mark:g} ({task.source})" if task.source else "—"
         name = f"[{task.name}](tests/benchmark/figures/{slug(task.figure or task.name)}.png)"
-        lines.append(f"| {name} | {each} | {mark} | {steps:,.0f} | {np.median(rows[:, 4]):.1f} |")
-        commands.append(f"{task.command}  # {task.name}".strip())
+        name += f" ({task.note})" if task.note else ""
+        minutes = f"{np.median(rows[:, 4]):.1f}"
+        lines.append(f"| {name} | {task.script} | {each} | {mark} | {steps:,.0f} | {minutes} |")
+        commands += [f"# {task.name}", task.command]
     return "\n".join([*lines, "", "```bash", *commands, "```"])
 
 

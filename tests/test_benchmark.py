@@ -1,0 +1,69 @@
+"""The runner of the benchmarks: what it runs, resumes and collects."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmark"))
+learning = importlib.import_module("learning")
+Task = learning.Task
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Results and figures go to a folder of the test."""
+    monkeypatch.setattr(learning, "HERE", tmp_path)
+    return tmp_path
+
+
+def test_runs_are_kept_resumed_and_collected(here, monkeypatch):
+    task = Task("Lake now", "q_learning", "--total-episodes 60 --eval-episodes 3", 2, 1.0, "the optimum")
+    runs = here / "runs"
+    for seed in (1, 2):
+        assert learning.run(task, seed, runs) == ""
+    learning.collect(task, runs)
+    evaluations, training = learning.read(task, "evaluation"), learning.read(task, "training")
+    for seed, row in zip((1, 2), evaluations, strict=True):
+        results = json.loads((runs / f"Lake_now/seed{seed}/results.json").read_text())
+        assert row[:2].tolist() == [seed, results["global_step"]] and results["seed"] == seed
+        np.testing.assert_allclose(row[2:4], [results["mean_reward"], results["std_reward"]], atol=1e-4)
+    assert set(training[:, 0]) == {1, 2} and training[:, 1].max() <= evaluations[:, 1].max()
+    monkeypatch.setattr(learning, "TASKS", [task])
+    learning.draw(task.name, [task])
+    assert (here / "figures" / "lake_now.png").stat().st_size > 5000
+    assert "| 1 (the optimum) |" in learning.table() and task.command in learning.table()
+
+    # A finished run is not repeated; one that was killed goes on from its checkpoint.
+    (runs / "Lake_now/seed1/results.json").write_text('{"mine": 1}')
+    assert learning.run(task, 1, runs) == "" and "mine" in (runs / "Lake_now/seed1/results.json").read_text()
+    (runs / "Lake_now/seed2/results.json").unlink()
+    before = (runs / "Lake_now/seed2/q_table.npz").read_bytes()
+    assert learning.run(task, 2, runs) == ""
+    assert (runs / "Lake_now/seed2/q_table.npz").read_bytes()[:10] == before[:10]
+    assert json.loads((runs / "Lake_now/seed2/results.json").read_text())["global_step"] == evaluations[1, 1]
+
+
+def test_a_crash_is_reported_and_nothing_of_it_collected(here):
+    task = Task("Broken", "q_learning", "--env-id NoSuchLake-v1", 1)
+    assert "exit code 2" in learning.run(task, 1, here / "runs")
+    learning.collect(task, here / "runs")
+    assert not len(learning.read(task, "evaluation"))
+
+
+def test_runs_with_other_flags_are_refused(here):
+    task = Task("Lake", "q_learning", "--total-episodes 60 --eval-episodes 3", 1)
+    assert learning.run(task, 1, here / "runs") == ""
+    with pytest.raises(SystemExit, match="other flags"):
+        learning.collect(Task("Lake", "q_learning", "--total-episodes 61", 1), here / "runs")
+
+
+def test_the_interval_holds_the_mean_and_shrinks_with_agreement():
+    values = np.random.default_rng(0).normal(size=(400, 3)) * [1.0, 0.1, 0.0] + 7
+    low, high = learning.interval(values)
+    want = 2 * 1.96 * values.std(0) / np.sqrt(400)  # of a normal mean
+    np.testing.assert_allclose(high - low, want, rtol=0.15)
+    assert (low <= values.mean(0) + 1e-12).all() and (high >= values.mean(0) - 1e-12).all()
