@@ -41,8 +41,8 @@ Read first: reinforce.py (the policy gradient).
 New here: the critic, the advantage, continuous actions, observations normalised by running statistics.
 Lacking beside ppo.py: nothing keeps a step from going too far, so each batch serves once and steps are small.
 Run: python algos/a2c_continuous.py
-Expect: a return of 2,280 (seed 1) after 2M steps, about 2,000 a second. MuJoCo's cheetah, at 9,000 a second,
-wants other settings; it came to 4,419, 5,192 and 1,662 after 1M steps (seeds 1, 2, 3):
+Expect: a return of 2,280, 2,399 or 2,499 (seeds 1, 2, 3) after 2M steps, about 2,000 a second. MuJoCo's
+cheetah, at 9,000 a second, wants other settings; it came to 4,419, 5,192 and 1,662 after 1M steps:
     python algos/a2c_continuous.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --no-use-sde \\
         --log-std-init -1 --gae-lambda 0.95 --no-use-rms-prop --learning-rate 3e-4
 """

@@ -33,7 +33,7 @@ how to play and report Atari games https://arxiv.org/abs/1709.06009
 Read first: q_learning.py (the same equations with a table).
 New here: a network for the table, the replay memory, the fixed target.
 Run: python algos/dqn_atari.py --env-id ALE/SpaceInvaders-v5
-Expect: 1,000,000 steps in about an hour on two free cores, 250 steps per second while learning.
+Expect: a score of 504 (seed 1) after 1,000,000 steps, 72 minutes on one core of a CPU. Random play has 150.
 """
 
 import difflib
