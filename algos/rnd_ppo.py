@@ -43,7 +43,7 @@ E of the task, I intrinsic.
 Departures from the paper: vectors pass through small layers instead of convolutions, and the policy too sees
 them as in (10); separate networks for policy and values; no recurrent policy; after a time limit (2)
 looks at the last observation before the reset.
-For Pyramids γ is 0.995 and c_I 0.3, not 0.999 and 1, with which runs found the gold and lost it again.
+For Pyramids γ is 0.99 and c_I 0.3, not 0.999 and 1, with which runs found the gold and lost it again.
 Evaluation samples its actions: the most likely ones alone turn to and fro in corners (on Pyramids, after a
 million steps, a mean return of 1.1 when sampling and −0.5 when not).
 References: RND https://arxiv.org/abs/1810.12894, curiosity at large https://arxiv.org/abs/1808.04355,
@@ -104,13 +104,13 @@ class Args:
     init_steps: int = 128  # steps of each environment with random actions beforehand, not part of the budget
     learning_rate: float = 4e-4  # Adam's step size
     num_steps: int = 64  # T, steps of each environment per rollout
-    gamma: float = 0.995  # γ, what a reward of the task one step later is worth
+    gamma: float = 0.99  # γ, what a reward of the task one step later is worth
     int_gamma: float = 0.99  # γ_I, the same for intrinsic rewards
     gae_lambda: float = 0.95  # λ, 0 trusts the value network, 1 trusts the sampled rewards
     ext_coef: float = 2.0  # c_E, weight of the task's advantages
     int_coef: float = 0.3  # c_I, weight of the intrinsic advantages; 0 makes this plain PPO
-    num_minibatches: int = 8  # minibatches per epoch
-    update_epochs: int = 3  # K, epochs per rollout
+    num_minibatches: int = 16  # minibatches per epoch
+    update_epochs: int = 4  # K, epochs per rollout
     clip_coef: float = 0.2  # ε, how far the ratio may move
     ent_coef: float = 0.01  # c_H, bonus for a policy that keeps its choices open
     vf_coef: float = 0.5  # c_V, weight of the value losses

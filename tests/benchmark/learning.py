@@ -87,6 +87,10 @@ PONG = (
     "--hidden-sizes 64 128 --entropy-coef 0.01 --baseline value --normalize-obs --restart-credit "
     "--clip-rewards"
 )
+BULLET_CHEETAH = (
+    "--env-id HalfCheetahBulletEnv-v0 --no-use-sde --log-std-init -1 --gae-lambda 0.95 --no-use-rms-prop "
+    "--learning-rate 3e-4"
+)
 CHEETAH = (
     "--env-id HalfCheetah-v5 --total-timesteps 1000000 --no-use-sde --log-std-init -1 --gae-lambda 0.95 "
     "--no-use-rms-prop --learning-rate 3e-4"
@@ -100,7 +104,7 @@ PPO_TRICKS = (
     "--target-kl 0.02",
 )
 CATCH_FLAGS = (
-    "--env-id ALE/Catch-v5 --no-clip-rewards --total-timesteps 8000 --learning-starts 400 --buffer-size 2000 "
+    "--env-id ALE/Catch-v5 --no-clip-rewards --total-timesteps 5000 --learning-starts 400 --buffer-size 2000 "
     "--learning-rate 5e-4 --target-network-frequency 100 --exploration-fraction 0.5 --eval-episodes 40"
 )
 DQN_PARTS = {
@@ -121,7 +125,7 @@ TASKS = [
     Task("Space Invaders", "dqn_atari", "", 1, 200, "pass mark of the course, mean − std"),
     Task("Atari Pong", "dqn_atari", ATARI_PONG, 1, 20.6, "RL Zoo, 10M steps"),
     Task("AntBullet", "a2c_continuous", "", 3, 2443, "SB3, gSDE, 6 seeds"),
-    Task("HalfCheetahBullet", "a2c_continuous", "--env-id HalfCheetahBulletEnv-v0", 3, 2107, "RL Zoo"),
+    Task("HalfCheetahBullet", "a2c_continuous", BULLET_CHEETAH, 3, 2107, "RL Zoo"),
     Task("HalfCheetah", "a2c_continuous", CHEETAH, 3, 3041, "RL Zoo, v3", note="flags chosen on seeds 1, 2"),
     Task("Pendulum", "a2c_continuous", PENDULUM, 3, -163, "RL Zoo"),
     Task("CartPole PPO", "ppo", "", 5, 500, "the maximum; RL Zoo"),
@@ -131,7 +135,7 @@ TASKS = [
     Task("Pyramids without", "rnd_ppo", "--int-coef 0", 3, 1.75, "", "Pyramids", "--int-coef 0"),
     Task("DoorKey", "rnd_ppo", DOORKEY, 3, 0.9, "a solved task"),
     *(
-        Task(f"ablation PPO {flag}", "ppo", flag, 5, None, "", "ppo_ablation", flag or "all tricks", False)
+        Task(f"ablation PPO {flag}", "ppo", flag, 3, None, "", "ppo_ablation", flag or "all tricks", False)
         for flag in ("", *PPO_TRICKS)
     ),
     *(
