@@ -3,7 +3,7 @@
     python tests/benchmark/speed.py                    all, three rounds in turn; nothing else should run
     python tests/benchmark/speed.py --only "PPO CartPole" --rounds 5
 
-Where the time goes is sampled: every 2 ms a thread looks where the training loop is. Inside of an
+Where the time goes is sampled: every 2 ms a timer looks where the training loop is. Inside of an
 environment's `step` counts as environment, the rest of section [A] as acting, all other sections as learning.
 Speeds are medians with their range; rounds alternate between us and the peer: both see the same machine.
 Writes results/speed.csv.
@@ -13,10 +13,10 @@ import csv
 import importlib
 import json
 import re
+import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -91,32 +91,35 @@ def measure(name: str) -> None:
             section = banner[1]
         sections[number] = section
     acting = "B" if case.script == "q_learning" else "A"
-    counts, main_thread, finished = Counter(), threading.main_thread().ident, threading.Event()
+    counts = Counter()
 
-    def sample() -> None:
-        while not finished.wait(0.002):
-            frame, inside = sys._current_frames()[main_thread], False
-            while frame and frame.f_code.co_name != "train":
-                inside |= frame.f_code.co_name == "step" and "optim" not in frame.f_code.co_filename
-                frame = frame.f_back
-            if frame:
-                here = sections[frame.f_lineno]
-                counts["environment" if inside else "acting" if here == acting else "learning"] += 1
+    def look(_, frame) -> None:
+        inside = False
+        while frame and frame.f_code.co_name != "train":
+            inside |= frame.f_code.co_name == "step" and "optim" not in frame.f_code.co_filename
+            frame = frame.f_back
+        if frame and frame.f_lineno:  # a few instructions have no line
+            here = sections[frame.f_lineno]
+            counts["environment" if inside else "acting" if here == acting else "learning"] += 1
 
     with tempfile.TemporaryDirectory() as folder:
         args = module.Args(**case.flags, run_dir=folder, eval_episodes=1)
-        thread = threading.Thread(target=sample)
-        thread.start()
+        signal.signal(signal.SIGALRM, look)
+        signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
         speed = module.train(args)["steps_per_second"]
-        finished.set()
-        thread.join()
+        signal.setitimer(signal.ITIMER_REAL, 0)
     envs = module.make_envs(args, getattr(args, "num_envs", 1))
-    envs.reset(seed=module.env_seeds(envs.num_envs, 0))
-    envs.action_space.seed(0)
+    if case.script == "q_learning":  # it steps the one environment without the vector around it
+        envs = envs.unwrapped.envs[0]
+    envs.reset(seed=1 if case.script == "q_learning" else module.env_seeds(envs.num_envs, 1))
+    actions = [envs.action_space.sample() for _ in range(1000)]
     steps, started = 0, time.perf_counter()
     while (seconds := time.perf_counter() - started) < 3:
-        envs.step(envs.action_space.sample())
-        steps += envs.num_envs
+        _, _, terminated, truncated, _ = envs.step(actions[steps % 1000])
+        if case.script == "q_learning" and (terminated or truncated):
+            envs.reset()
+        steps += 1
+    steps *= getattr(args, "num_envs", 1)
     share = {part: counts[part] / sum(counts.values()) for part in ("environment", "acting", "learning")}
     print(json.dumps({"speed": speed, "ceiling": steps / seconds} | share))
 
