@@ -73,6 +73,7 @@ SLIPPERY_8X8 = (
 TAXI = "--env-id Taxi-v4 --total-episodes 25000 --decay-rate 0.0005 --learning-rate 1"
 ATARI_PONG = "--env-id ALE/Pong-v5 --learning-starts 10000"
 PENDULUM = "--env-id Pendulum-v1 --total-timesteps 1000000 --num-envs 8 --gamma 0.9 --learning-rate 7e-4"
+MULTIROOM = "--env-id MiniGrid-MultiRoom-N4-S5-v0 --total-timesteps 2000000"
 DOORKEY = "--env-id MiniGrid-DoorKey-8x8-v0 --total-timesteps 1000000"
 LANDER = (
     "--env-id LunarLander-v3 --total-timesteps 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256 "
@@ -135,6 +136,7 @@ TASKS = [
     Task("Pyramids", "rnd_ppo", "", 3, 1.75, "Unity's benchmark", "Pyramids", "with curiosity"),
     Task("Pyramids without", "rnd_ppo", "--int-coef 0", 3, 1.75, "", "Pyramids", "--int-coef 0"),
     Task("DoorKey", "rnd_ppo", DOORKEY, 3, 0.9, "a solved task"),
+    Task("MultiRoom", "rnd_ppo", MULTIROOM, 1, 0, "RL Zoo: PPO after 10M"),
     *(
         Task(f"ablation PPO {flag}", "ppo", flag, 3, None, "", "ppo_ablation", flag or "all tricks", False)
         for flag in ("", *PPO_TRICKS)
