@@ -45,7 +45,7 @@ Expect: a return of 2,280, 2,399 or 2,499 (seeds 1, 2, 3) after 2M steps, about 
 cheetah, at 9,000 a second, wants other settings; it came to 4,419, 5,192 and 1,662 after 1M steps:
     python algos/a2c_continuous.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --no-use-sde \\
         --log-std-init -1 --gae-lambda 0.95 --no-use-rms-prop --learning-rate 3e-4
-The same flags serve HalfCheetahBulletEnv-v0; with the ant's it stands still for its 0.6 a step.
+The same flags serve HalfCheetahBulletEnv-v0; with the ant's, seed 1 ended at 568 there.
 """
 
 import difflib
@@ -398,7 +398,7 @@ def setup_torch(args: Args) -> torch.device:
     """Seed PyTorch and choose the device."""
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # sharing out work this small takes longer than doing it
-    # The momentum of units that are never used fades to numbers so small that a processor slows down tenfold.
+    # The momentum of units that are not used fades to numbers so small that processors slow down over them.
     torch.set_flush_denormal(True)
     if args.cuda and not torch.cuda.is_available():
         print("no CUDA device found, going on on the CPU")

@@ -319,7 +319,7 @@ def setup_torch(args: Args) -> torch.device:
     """Seed PyTorch and choose the device."""
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # sharing out work this small takes longer than doing it
-    # The momentum of units that are never used fades to numbers so small that a processor slows down tenfold.
+    # The momentum of units that are not used fades to numbers so small that processors slow down over them.
     torch.set_flush_denormal(True)
     if args.cuda and not torch.cuda.is_available():
         print("no CUDA device found, going on on the CPU")

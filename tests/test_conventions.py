@@ -170,7 +170,7 @@ def test_every_requirement_is_pinned():
 
 @pytest.mark.parametrize("name", sorted(set(SCRIPTS) - {"q_learning"}))
 def test_numbers_too_small_for_speed_become_zero(name):
-    """Denormal numbers in Adam's momentum made long DQN runs a third slower."""
+    """In a long DQN run with denormal numbers, Adam's step took a third of the time."""
     if not torch.set_flush_denormal(False):
         pytest.skip("this processor cannot")
     module = importlib.import_module(name)
