@@ -210,9 +210,8 @@ def policy_loss(log_probs, old_log_probs, advantages, clip_coef):
     log_probs, old_log_probs, advantages: (B,). Returns a scalar. The table in ppo.py has its six cases.
     """
     ratio = (log_probs - old_log_probs).exp()  # (5)
-    return -torch.min(
-        ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages
-    ).mean()  # (6)
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    return -torch.min(ratio * advantages, clipped * advantages).mean()  # (6)
 
 
 def value_loss(values, old_values, returns, clip_coef=None):
@@ -358,13 +357,9 @@ def evaluate(args: Args, run_dir: Path, device: torch.device) -> dict:
         f"after {steps:,} steps, {seconds:.1f} s, {speed:,.0f} steps/s: {run_dir}"
     )
     results = {"algo": Path(__file__).stem, "env_id": args.env_id, "seed": args.seed, "global_step": steps}
-    results |= {
-        "episodes": checkpoint["episodes"],
-        "mean_reward": mean,
-        "std_reward": std,
-        "score": mean - std,
-    }
-    return results | {"eval_episodes": len(returns), "wall_time_s": seconds, "steps_per_second": speed}
+    results |= {"episodes": checkpoint["episodes"], "mean_reward": mean, "std_reward": std}
+    results |= {"score": mean - std, "eval_episodes": len(returns)}
+    return results | {"wall_time_s": seconds, "steps_per_second": speed}
 
 
 def record_video(args: Args, policy, path: Path) -> None:

@@ -399,13 +399,9 @@ def evaluate(args: Args, run_dir: Path, device: torch.device) -> dict:
         f"after {steps:,} steps, {seconds:.1f} s, {speed:,.0f} steps/s: {run_dir}"
     )
     results = {"algo": Path(__file__).stem, "env_id": args.env_id, "seed": args.seed, "global_step": steps}
-    results |= {
-        "episodes": checkpoint["episodes"],
-        "mean_reward": mean,
-        "std_reward": std,
-        "score": mean - std,
-    }
-    return results | {"eval_episodes": len(returns), "wall_time_s": seconds, "steps_per_second": speed}
+    results |= {"episodes": checkpoint["episodes"], "mean_reward": mean, "std_reward": std}
+    results |= {"score": mean - std, "eval_episodes": len(returns)}
+    return results | {"wall_time_s": seconds, "steps_per_second": speed}
 
 
 def record_video(args: Args, policy, path: Path) -> None:

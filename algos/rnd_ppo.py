@@ -31,18 +31,19 @@ Equations; up to (9) those of ppo.py, with (2), (3), (4) and (7) once for the ta
     (12) c_t = γ_I c_{t−1} + e_t                             what each environment gathered, discounted
     (13) i_t = e_t / deviation(c)                            intrinsic reward: returns of one scale everywhere
     (14) A   = c_E A^E + c_I A^I
+    (15) m_t = β m_{t−1} + (1−β) s_t                         memory, a fading average; m_0 = s_0
 
 The two returns end differently. The task's rewards come in episodes. Novelty does not end: its (2) and (3)
 know no endings, and its s_{t+1} is then the first observation of the next episode. Otherwise the end of an
 episode would cut curiosity off, and an agent would dread it more than the task gives reason to.
 
 Symbols: T num_steps, N num_envs, B minibatch, D observation size, A actions (in formulas: advantage);
-s observation, a action, r reward, z logits, π policy, V value, γ gamma, γ_I int_gamma, λ gae_lambda,
-ε clip_coef, c_V vf_coef, c_H ent_coef, c_E ext_coef, c_I int_coef; h target, f predictor;
-E of the task, I intrinsic.
+C = 2 memory and observation, or 4 frames; s observation, a action, r reward, z logits, π policy, V value,
+γ gamma, γ_I int_gamma, λ gae_lambda, ε clip_coef, c_V vf_coef, c_H ent_coef, c_E ext_coef, c_I int_coef,
+β memory; h target, f predictor; E of the task, I intrinsic.
 Departures from the paper: vectors pass through small layers instead of convolutions, and the policy too sees
-them as in (10); separate networks for policy and values; no recurrent policy; after a time limit (2)
-looks at the last observation before the reset.
+them as in (10), with the memory (15) where the paper tries a recurrent network; separate
+networks for policy and values; after a time limit (2) looks at the last observation before the reset.
 For Pyramids γ is 0.99 and c_I 0.3, not 0.999 and 1, with which runs found the gold and lost it again.
 Evaluation samples its actions: the most likely ones alone turn to and fro in corners (on Pyramids, after a
 million steps, a mean return of 1.1 when sampling and −0.5 when not).
@@ -85,6 +86,7 @@ import torch
 import torch.nn as nn
 import tyro
 from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from minigrid.wrappers import ImgObsWrapper
 from torch.utils.tensorboard import SummaryWriter
@@ -122,6 +124,7 @@ class Args:
     max_grad_norm: float = 0.5  # [Trick 5] longest gradient that is followed; 0 for no limit
     predictor_share: float = 0.5  # [Trick 6] share of each minibatch that trains the predictor
     clip_rewards: bool = False  # [Trick 7] learn from the sign of the task's rewards
+    memory: float = 0.97  # [Trick 8] β, how slowly the memory of vectors fades; 0 for no memory
     # run
     seed: int = 1  # the same seed gives the same numbers on the CPU
     cuda: bool = False  # off: a network this small is done on the CPU before a GPU has been asked
@@ -193,7 +196,37 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     vectors = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
     if not vectors or not isinstance(action_space, gym.spaces.Discrete):
         fail(f"no script handles {args.env_id} with observations {obs_space} and actions {action_space}")
-    return RecordEpisodeStatistics(envs)
+    # [Trick 8] One look does not tell which way the agent was turning, or that a pyramid is falling; what
+    # was seen before does (memory traces, https://proceedings.mlr.press/v267/eberhard25a.html).
+    # Ablate: --memory 0
+    return MemoryTrace(RecordEpisodeStatistics(envs), args.memory)
+
+
+class MemoryTrace(gym.vector.VectorWrapper):
+    """Puts a fading average of what was seen, (15), below each observation: (N, D) -> (N, 2, D)."""
+
+    def __init__(self, envs: gym.vector.VectorEnv, decay: float) -> None:
+        super().__init__(envs)
+        space, self.decay = envs.single_observation_space, decay
+        low, high = np.stack([space.low] * 2), np.stack([space.high] * 2)
+        self.single_observation_space = gym.spaces.Box(low, high, dtype=np.float32)
+        self.observation_space = batch_space(self.single_observation_space, envs.num_envs)
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed, options=options)
+        self.trace = obs.astype(np.float32)  # as if it had always been so
+        return np.stack([self.trace, obs], axis=1), info
+
+    def step(self, actions: np.ndarray):
+        obs, rewards, terminated, truncated, info = super().step(actions)
+        seen = obs.copy()
+        for n in np.flatnonzero(terminated | truncated):
+            seen[n] = info["final_obs"][n]
+        self.trace += (1 - self.decay) * (seen - self.trace)  # (15)
+        for n in np.flatnonzero(terminated | truncated):
+            info["final_obs"][n] = np.stack([self.trace[n], seen[n]])
+            self.trace[n] = obs[n]  # nothing of the last episode is remembered
+        return np.stack([self.trace, obs], axis=1), rewards, terminated, truncated, info
 
 
 class RunningNorm(nn.Module):
@@ -236,24 +269,24 @@ class Agent(nn.Module):
     def __init__(self, shape: tuple[int, ...], num_actions: int, ortho_init: bool, norm_obs: bool) -> None:
         super().__init__()
         self.frames, self.policy_norm = len(shape) == 3, norm_obs
-        # For curiosity the newest frame is enough: what is new about a motion shows in it soon.
-        newest, width, out = ((1, *shape[1:]), 512, 512) if self.frames else (shape, 256, 128)
+        width, out = (512, 512) if self.frames else (256, 128)
 
-        def layers(channels: int, width: int, act: type[nn.Module]) -> list[nn.Module]:
+        def layers(depth: int, width: int, act: type[nn.Module]) -> list[nn.Module]:
             if not self.frames:
-                return [nn.Linear(channels, width), act(), nn.Linear(width, width)]  # (B, D) -> (B, width)
-            conv = [nn.Conv2d(channels, 32, 8, 4), act(), nn.Conv2d(32, 64, 4, 2), act()]
-            conv += [nn.Conv2d(64, 64, 3), act(), nn.Flatten()]  # (B, C, 84, 84) -> (B, 3136)
+                inputs = [nn.Flatten(), nn.Linear(depth * shape[1], width)]  # (B, depth, D) -> (B, width)
+                return [*inputs, act(), nn.Linear(width, width)]
+            conv = [nn.Conv2d(depth, 32, 8, 4), act(), nn.Conv2d(32, 64, 4, 2), act()]
+            conv += [nn.Conv2d(64, 64, 3), act(), nn.Flatten()]  # (B, depth, 84, 84) -> (B, 3136)
             return [*conv, nn.Linear(3136, width)]
 
         def head(outputs: int) -> nn.Sequential:
             return nn.Sequential(*layers(shape[0], width, nn.ReLU), nn.ReLU(), nn.Linear(width, outputs))
 
-        self.actor = head(num_actions)  # (B, D) or (B, 4, 84, 84) -> (B, A) logits
+        self.actor = head(num_actions)  # (B, C, D) or (B, C, 84, 84) -> (B, A) logits
         self.critic = head(2)  # the same -> (B, 2) values, of the task and intrinsic
-        self.target = nn.Sequential(*layers(newest[0], out, nn.LeakyReLU))
+        self.target = nn.Sequential(*layers(1, out, nn.LeakyReLU))
         # One layer more than the target: it must fail for lack of examples, never for lack of capacity.
-        self.predictor = nn.Sequential(*layers(newest[0], out, nn.LeakyReLU), nn.ReLU(), nn.Linear(out, out))
+        self.predictor = nn.Sequential(*layers(1, out, nn.LeakyReLU), nn.ReLU(), nn.Linear(out, out))
         if ortho_init:
             # [Trick 1] One scale from layer to layer, as in ppo.py, also for the target's random features.
             # Ablate: --no-ortho-init
@@ -263,11 +296,11 @@ class Agent(nn.Module):
                     nn.init.orthogonal_(layer.weight, gain)
                     nn.init.zeros_(layer.bias)
         self.target.requires_grad_(False)
-        self.norm_obs = RunningNorm(*newest, limit=5.0)  # (10)
+        self.norm_obs = RunningNorm(1, *shape[1:], limit=5.0)  # (10)
         self.norm_past = RunningNorm(limit=torch.inf)
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """obs: (B, D) or bytes (B, 4, 84, 84). Returns logits (B, A) and values (B, 2)."""
+        """obs: (B, C, D) or bytes (B, C, 84, 84). Returns logits (B, A) and values (B, 2)."""
         if self.frames:
             obs = obs / 255
         elif self.policy_norm:
@@ -277,12 +310,14 @@ class Agent(nn.Module):
         return self.actor(obs), self.critic(obs)
 
     def newest(self, obs: torch.Tensor) -> torch.Tensor:
-        """What curiosity looks at: of frames (B, 4, 84, 84) -> (B, 1, 84, 84), vectors (B, D) as they are."""
-        return obs[:, -1:] if self.frames else obs
+        """The top of the stack, all that curiosity looks at: what is new about a motion shows in it soon.
+
+        (B, C, D) -> (B, 1, D) or (B, C, 84, 84) -> (B, 1, 84, 84)."""
+        return obs[:, -1:]
 
     def novelty(self, obs: torch.Tensor) -> torch.Tensor:
-        """Prediction error, equation (11). obs: as above. Returns (B,)."""
-        x = self.norm_obs(self.newest(obs))  # (10)
+        """Prediction error, equation (11). obs: (B, 1, D) or (B, 1, 84, 84), the newest. Returns (B,)."""
+        x = self.norm_obs(obs)  # (10)
         return ((self.predictor(x) - self.target(x)) ** 2).mean(-1)  # (11)
 
 
@@ -353,9 +388,8 @@ def policy_loss(log_probs, old_log_probs, advantages, clip_coef):
     log_probs, old_log_probs, advantages: (B,). Returns a scalar. The table in ppo.py has its six cases.
     """
     ratio = (log_probs - old_log_probs).exp()  # (5)
-    return -torch.min(
-        ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages
-    ).mean()  # (6)
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    return -torch.min(ratio * advantages, clipped * advantages).mean()  # (6)
 
 
 # What follows down to `train` keeps the promises about run folders and is the same in every script: a first
@@ -491,13 +525,9 @@ def evaluate(args: Args, run_dir: Path, device: torch.device) -> dict:
         f"after {steps:,} steps, {seconds:.1f} s, {speed:,.0f} steps/s: {run_dir}"
     )
     results = {"algo": Path(__file__).stem, "env_id": args.env_id, "seed": args.seed, "global_step": steps}
-    results |= {
-        "episodes": checkpoint["episodes"],
-        "mean_reward": mean,
-        "std_reward": std,
-        "score": mean - std,
-    }
-    return results | {"eval_episodes": len(returns), "wall_time_s": seconds, "steps_per_second": speed}
+    results |= {"episodes": checkpoint["episodes"], "mean_reward": mean, "std_reward": std}
+    results |= {"score": mean - std, "eval_episodes": len(returns)}
+    return results | {"wall_time_s": seconds, "steps_per_second": speed}
 
 
 def record_video(args: Args, policy, path: Path) -> None:
@@ -522,6 +552,8 @@ def train(args: Args) -> dict:
     sizes = (args.num_envs, args.num_steps, args.num_minibatches, args.update_epochs, args.checkpoint_every)
     if min(sizes) < 1 or args.eval_episodes < 1 or args.init_steps < 1 or args.seed < 0:
         fail("every size, number and interval must be at least 1, the seed at least 0")
+    if not 0 <= args.memory < 1:
+        fail(f"--memory {args.memory} must be at least 0 and less than 1")
     if args.batch_size % args.num_minibatches:
         fail(f"{args.batch_size} steps per rollout do not divide into {args.num_minibatches} minibatches")
     if args.norm_adv and args.batch_size == args.num_minibatches:
@@ -610,7 +642,7 @@ def train(args: Args) -> dict:
 
         # [B] estimate
         obs[T] = current_obs
-        b_next_obs = torch.from_numpy(next_obs).to(device).flatten(0, 1)  # (T, N, D) -> (T*N, D)
+        b_next_obs = agent.newest(torch.from_numpy(next_obs).to(device).flatten(0, 1))  # (T*N, 1, D)
         novelty = intrinsic = np.zeros_like(rewards)
         with torch.inference_mode():
             values[T] = agent(torch.from_numpy(obs[T]).to(device))[1].cpu()
@@ -641,9 +673,8 @@ def train(args: Args) -> dict:
         for _ in range(args.update_epochs):
             order = torch.randperm(args.batch_size).to(device)
             for rows in order.split(minibatch_size):
-                mb_obs, mb_actions, mb_log_probs, mb_advantages, mb_returns, mb_next_obs = (
-                    x[rows] for x in batch
-                )
+                minibatch = (x[rows] for x in batch)
+                mb_obs, mb_actions, mb_log_probs, mb_advantages, mb_returns, mb_next_obs = minibatch
                 # [Trick 3] The policy's gradient keeps one scale, whatever the rewards' (OpenAI's code).
                 # Ablate: --no-norm-adv
                 if args.norm_adv:
@@ -665,7 +696,7 @@ def train(args: Args) -> dict:
                 optimizer.step()
         # Not before: the policy that learns must see what the one that collected saw, or (5) would not be 1.
         for part in b_next_obs.split(minibatch_size):
-            agent.norm_obs.update(agent.newest(part))
+            agent.norm_obs.update(part)
         if not torch.isfinite(loss + grad_norm):
             fail(f"the loss is {loss.item()} at step {global_step}; the last checkpoint is good", code=1)
 

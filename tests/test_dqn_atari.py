@@ -101,7 +101,7 @@ class TinyAgent(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.head = torch.nn.Linear(4, 2)
+        self.rest, self.head = torch.nn.Identity(), torch.nn.Linear(4, 2)
         self.calls = 0
 
     def forward(self, frames):
@@ -186,7 +186,7 @@ def test_network_scales_bytes_and_agrees_in_both_precisions():
     x = F.conv2d(frames.contiguous().float() / 255, agent.first.weight, agent.first.bias, stride=4)
     q = agent(frames)
     assert q.shape == (5, 6)
-    np.testing.assert_allclose(q.detach(), agent.rest(x).detach(), atol=1e-5)
+    np.testing.assert_allclose(q.detach(), agent.head(agent.rest(x)).detach(), atol=1e-5)
     half = Agent(6, bf16=True)
     half.load_state_dict(agent.state_dict())
     targets = torch.linspace(-1, 1, 5)
@@ -197,6 +197,17 @@ def test_network_scales_bytes_and_agrees_in_both_precisions():
         gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
     np.testing.assert_allclose(half(frames).detach(), q.detach(), atol=0.01)
     assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+def test_half_precision_keeps_small_differences_between_actions():
+    agent = Agent(6, bf16=True)
+    with torch.no_grad():
+        agent.head.weight.zero_()
+        agent.head.bias.copy_(
+            -1.8 + 0.001 * torch.arange(6)
+        )  # as in Pong; bfloat16 would make them two values
+        q = agent(torch.randint(0, 256, (1, 4, 84, 84), dtype=torch.uint8))
+    np.testing.assert_allclose(q[0].diff(), 0.001, atol=1e-6)
 
 
 # The memory

@@ -93,8 +93,8 @@ def test_statistics_of_scalars_and_of_constants():
 
 def test_novelty_falls_where_the_predictor_was_and_stays_elsewhere():
     torch.manual_seed(0)
-    agent = Agent((6,), 3, True, True)
-    seen, unseen = torch.randn(64, 6) + 2, torch.randn(64, 6) - 2
+    agent = Agent((2, 6), 3, True, True)
+    seen, unseen = torch.randn(64, 1, 6) + 2, torch.randn(64, 1, 6) - 2
     agent.norm_obs.update(torch.cat([seen, unseen]))
     before = agent.novelty(seen).mean().item(), agent.novelty(unseen).mean().item()
     target = [p.clone() for p in agent.target.parameters()]
@@ -122,9 +122,64 @@ def test_curiosity_looks_at_the_newest_frame_and_the_policy_at_all_four():
     older[:, 0] = 0
     newer[:, 3] = 255
     logits, values = agent(obs)
-    assert logits.shape == (2, 5) and values.shape == (2, 2) and agent.novelty(obs).shape == (2,)
-    assert torch.equal(agent.novelty(older), agent.novelty(obs)) and not torch.equal(agent(older)[0], logits)
-    assert not torch.equal(agent.novelty(newer), agent.novelty(obs))
+    assert logits.shape == (2, 5) and values.shape == (2, 2)
+    novelty, of_older, of_newer = (agent.novelty(agent.newest(x)) for x in (obs, older, newer))
+    assert novelty.shape == (2,) and torch.equal(of_older, novelty) and not torch.equal(of_newer, novelty)
+    assert not torch.equal(agent(older)[0], logits)
+
+
+def test_curiosity_looks_at_the_newest_observation_and_the_policy_at_its_memory_too():
+    torch.manual_seed(0)
+    agent, obs = Agent((2, 5), 4, True, True), torch.randn(7, 2, 5)
+    agent.norm_obs.update(agent.newest(obs))
+    assert torch.equal(agent.newest(obs)[:, 0], obs[:, 1]) and agent.norm_obs.count == 7
+    for row in range(2):
+        other = obs.clone()
+        other[:, row] += 1
+        assert not torch.equal(agent(other)[0], agent(obs)[0])
+
+
+class Path(gym.vector.VectorEnv):
+    """Two environments that observe 1, 2, 3, … and 10, 20, 30, …; episodes of 2 and of 3 steps."""
+
+    num_envs, single_action_space = 2, gym.spaces.Discrete(2)
+    single_observation_space = gym.spaces.Box(np.float32([0, -1]), np.float32([99, 1]))
+
+    def observe(self):
+        return np.stack([self.time * [1, 10], np.ones(2)], axis=1).astype(np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        self.time = np.ones(2)
+        return self.observe(), {}
+
+    def step(self, actions):
+        self.time += 1
+        ended, info = self.time == [3, 4], {}
+        if ended.any():
+            info["final_obs"] = np.array([*self.observe(), None], dtype=object)[:2]
+            self.time[ended] = 1
+        return self.observe(), np.zeros(2), ended & [True, False], ended & [False, True], info
+
+
+def test_memory_by_hand():
+    """(15) with β = .75, to the end of an episode and not beyond."""
+    envs = rnd_ppo.MemoryTrace(Path(), 0.75)
+    space = envs.single_observation_space
+    assert space.shape == (2, 2) and space.high[:, 0].tolist() == [99, 99] and space.low[0, 1] == -1
+    assert envs.observation_space.shape == (2, 2, 2)
+    obs, _ = envs.reset()
+    assert obs[..., 0].tolist() == [[1, 1], [10, 10]] and (obs[..., 1] == 1).all()
+    first, *_ = envs.step(None)
+    assert first[..., 0].tolist() == [[1.25, 2], [12.5, 20]]
+    second, _, terminated, _, info = envs.step(None)
+    assert terminated.tolist() == [True, False]
+    assert info["final_obs"][0][:, 0].tolist() == [1.6875, 3]
+    assert second[..., 0].tolist() == [[1, 1], [16.875, 30]]  # the first environment forgot
+    third, _, _, truncated, info = envs.step(None)
+    assert truncated.tolist() == [False, True]
+    assert info["final_obs"][1][:, 0].tolist() == [22.65625, 40]
+    assert third[..., 0].tolist() == [[1.25, 2], [10, 10]]
+    assert first[..., 0].tolist() == [[1.25, 2], [12.5, 20]]  # what was given out does not change
 
 
 class Spy:
@@ -147,14 +202,14 @@ def test_what_is_stored_when_episodes_end(ending, tmp_path, monkeypatch):
         monkeypatch.setattr(rnd_ppo, name, spy)
 
     def known(obs):
-        return 10 * obs[:, 0] + obs[:, 1]
+        return 10 * obs[:, -1, 0] + obs[:, -1, 1]
 
     def forward(self, obs):
         values = torch.stack([known(obs), known(obs) + 100], dim=-1)
         return self.actor(obs), values + 0 * self.critic(obs)
 
     def novelty(self, obs):
-        return known(obs) + 1000 + 0 * self.predictor[0].weight.sum()
+        return known(obs) + 1000 + 0 * self.predictor[1].weight.sum()
 
     monkeypatch.setattr(Agent, "forward", forward)
     monkeypatch.setattr(Agent, "novelty", novelty)
@@ -210,7 +265,7 @@ def test_what_training_moves_and_what_it_leaves(tmp_path):
     rnd_ppo.train(Args(**SMALL, run_dir=str(tmp_path / "run")))
     trained, args = checkpoint(tmp_path / "run")["agent"], Args(**SMALL)
     torch.manual_seed(args.seed)
-    fresh = Agent((2,), 2, True, True).state_dict()
+    fresh = Agent((2, 2), 2, True, True).state_dict()
     for name in fresh:
         assert torch.equal(trained[name], fresh[name]) == name.startswith("target."), name
     # Elements, not batches: 4 random steps and 16 of training in 4 environments.
@@ -221,12 +276,12 @@ def test_no_curiosity_is_plain_ppo(tmp_path):
     rnd_ppo.train(Args(**SMALL, int_coef=0.0, run_dir=str(tmp_path / "run")))
     trained = checkpoint(tmp_path / "run")["agent"]
     torch.manual_seed(1)
-    fresh = Agent((2,), 2, True, True).state_dict()
+    fresh = Agent((2, 2), 2, True, True).state_dict()
     for name in fresh:
         untouched = name.startswith(("target.", "predictor.", "norm_past."))
-        assert torch.equal(trained[name], fresh[name]) == untouched or name == "critic.4.weight", name
-    assert torch.equal(trained["critic.4.weight"][1], fresh["critic.4.weight"][1])  # the intrinsic value
-    assert not torch.equal(trained["critic.4.weight"][0], fresh["critic.4.weight"][0])
+        assert torch.equal(trained[name], fresh[name]) == untouched or name == "critic.5.weight", name
+    assert torch.equal(trained["critic.5.weight"][1], fresh["critic.5.weight"][1])  # the intrinsic value
+    assert not torch.equal(trained["critic.5.weight"][0], fresh["critic.5.weight"][0])
 
 
 def test_resume_restores_the_statistics(tmp_path):
@@ -260,6 +315,7 @@ def test_resume_restores_the_statistics(tmp_path):
         {"int_gamma": 0.5},
         {"ent_coef": 0.0},
         {"init_steps": 9},
+        {"memory": 0.5},
     ],
     ids=lambda switch: next(iter(switch)),
 )
@@ -267,7 +323,7 @@ def test_every_switch_is_read(switch, tmp_path):
     weights = []
     for name, changed in (("with", {}), ("without", switch)):
         rnd_ppo.train(Args(**SMALL | changed, run_dir=str(tmp_path / name)))
-        weights.append(checkpoint(tmp_path / name)["agent"]["actor.0.weight"])
+        weights.append(checkpoint(tmp_path / name)["agent"]["actor.1.weight"])
     assert not torch.equal(*weights)
 
 
@@ -275,7 +331,7 @@ def test_evaluation_samples_and_repeats(tmp_path):
     args = Args(**SMALL, run_dir=str(tmp_path / "run"))
     rnd_ppo.train(args)
     envs, device = rnd_ppo.make_envs(args, 3), torch.device("cpu")
-    obs = np.zeros((300, 2), dtype=np.float32)
+    obs = np.zeros((300, 2, 2), dtype=np.float32)
     policy, _ = rnd_ppo.load_policy(args, envs, tmp_path / "run", device)
     actions = policy(obs)
     assert 0 < actions.mean() < 1 and not np.array_equal(actions, policy(obs))
@@ -325,7 +381,7 @@ def test_minigrid_and_atari_run(tmp_path, monkeypatch):
         args = Args(**SMALL | {"env_id": env_id}, capture_video=name == "atari", run_dir=str(tmp_path / name))
         rnd_ppo.train(args)
         stats = checkpoint(tmp_path / name)["agent"]
-        shape = (147,) if name == "grid" else (1, 84, 84)
+        shape = (1, 147) if name == "grid" else (1, 84, 84)
         assert stats["norm_obs.mean"].shape == shape and stats["norm_obs.count"] == 16 + 64
     assert (tmp_path / "atari" / "replay.mp4").stat().st_size > 1000
     assert not torch.equal(stats["actor.0.weight"], torch.zeros(()))
@@ -358,7 +414,9 @@ def test_environments_of_other_kinds(env_id, answer, capsys):
     assert answer in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bad", [{"predictor_share": 0.0}, {"predictor_share": 1.5}, {"init_steps": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"predictor_share": 0.0}, {"predictor_share": 1.5}, {"init_steps": 0}, {"memory": 1.0}]
+)
 def test_bad_numbers(bad, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         rnd_ppo.train(Args(**SMALL | bad, run_dir=str(tmp_path / "run")))

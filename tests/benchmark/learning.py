@@ -37,8 +37,8 @@ ROOT = HERE.parents[1]
 POINTS = 100  # of a training curve in a CSV
 COLUMNS = ["seed", "phase", "step", "mean_return", "std_return", "episodes", "minutes", "steps_per_second"]
 # The tests' own game for DQN: a script gets it by importing the test that registers it.
-CATCH = (
-    "import sys; sys.path[:0] = ['algos', 'tests']; import test_dqn_atari, dqn_atari; "
+RALLY = (
+    "import sys; sys.path[:0] = ['algos', 'tests/benchmark']; import rally, dqn_atari; "
     "dqn_atari.train(dqn_atari.parse_args())"
 )
 
@@ -104,9 +104,9 @@ PPO_TRICKS = (
     "--max-grad-norm 0",
     "--target-kl 0.02",
 )
-CATCH_FLAGS = (
-    "--env-id ALE/Catch-v5 --no-clip-rewards --total-timesteps 5000 --learning-starts 400 --buffer-size 2000 "
-    "--learning-rate 5e-4 --target-network-frequency 100 --exploration-fraction 0.5 --eval-episodes 40"
+RALLY_FLAGS = (
+    "--env-id ALE/Rally-v5 --total-timesteps 40000 --learning-starts 1000 --buffer-size 10000 "
+    "--learning-rate 2.5e-4 --target-network-frequency 500 --exploration-fraction 0.3 --eval-episodes 40"
 )
 DQN_PARTS = {
     "all three": "",
@@ -156,14 +156,14 @@ TASKS = [
         Task(
             f"ablation DQN {name}",
             "dqn_atari",
-            CATCH_FLAGS + flag,
+            RALLY_FLAGS + flag,
             3,
             None,
             "",
             "dqn_ablation",
             name,
             False,
-            CATCH,
+            RALLY,
         )
         for name, flag in DQN_PARTS.items()
     ),
