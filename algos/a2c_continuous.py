@@ -1,8 +1,8 @@
 """Advantage actor-critic (A2C): learn at once from what just happened, judged by a critic; for robots.
 
-REINFORCE waits for the end of an episode and weights each action by all that followed, luck included. A2C
-learns after a few steps: a second network, the critic, says what to expect from a state, both at the end of
-those steps, in place of the rest of the episode, and at their start, so that only the surprise counts.
+REINFORCE waits for the end of an episode and credits each action with all the reward that followed. A2C stops
+after T steps: a second network, the critic, estimates the return still to come and stands in for the rest of
+the episode. It also says what to expect at the start, so that an action is credited only with the surprise.
 
 Pseudo-code
     repeat until the budget is spent:
@@ -14,7 +14,7 @@ Pseudo-code
 Equations
     (1)  a   = μ(s) + n,  n_j ~ N(0, σ_j(s)²)                the action sampled, which the policy learns from
     (2)  δ_t = r_t + γ V(s_{t+1}) − V(s_t)                   V(s_{t+1}) counts as 0 after a termination
-    (3)  A_t = δ_t + γλ A_{t+1}                              A_{t+1} counts as 0 after the end of an episode
+    (3)  A_t = δ_t + γλ A_{t+1}                              A_{t+1} is 0 past the end of episode or rollout
     (4)  R_t = A_t + V(s_t)                                  what the value network should have said
     (5)  ln π(a|s) = −Σ_j [(a_j − μ_j)² / 2σ_j² + ln σ_j + ½ ln 2π]
     (6)  L_π = −mean A ln π(a|s)
@@ -22,14 +22,15 @@ Equations
     (8)  H   = Σ_j [ln σ_j + ½ ln 2πe]
     (9)  L   = L_π + c_V L_V − c_H mean H
     (10) n_j = Σ_i φ_i(s) W_ij,  W_ij ~ N(0, σ_ij²)          noise as a function of the state (gSDE)
-    (11) running mean and variance after n of m+n numbers, with w = n / (m+n) and d = mean_n − mean:
-         mean ← mean + w d,   var ← (1−w) var + w var_n + w (1−w) d²
+    (11) running mean and variance when k numbers join m, with w = k / (m+k) and d = mean_k − mean:
+         mean ← mean + w d,   var ← (1−w) var + w var_k + w (1−w) d²
     (12) v ← α v + (1−α) g²,  θ ← θ − η g / √(v + ε)         RMSprop, ε inside the square root
 
 Symbols: T num_steps, N num_envs, B = T·N batch, D observation size, A actions (in formulas: advantage),
 F = 64 features; s observation, a action, r reward, μ mean and σ standard deviation of the policy π, φ last
 hidden layer below μ, V value, γ gamma, λ gae_lambda, c_V vf_coef, c_H ent_coef, g gradient, θ parameters,
-η learning rate.
+η learning rate; in (12) v running mean of g², α = 0.99, ε = 1e-5. With λ = 1, and V in place of all that
+follows the last step, (3) is the G_t − V(s_t) of reinforce.py.
 Departures from the paper (A3C): environments step together, not in threads that overwrite each other's work
 (the missing A, asynchronous); GAE; the numbered tricks (each can be switched off); and after a time limit,
 which is no failure, (2) looks at the last observation before the reset.
@@ -41,7 +42,7 @@ Read first: reinforce.py (the policy gradient).
 New here: the critic, the advantage, continuous actions, observations normalised by running statistics.
 Lacking beside ppo.py: nothing keeps a step from going too far, so each batch serves once and steps are small.
 Run: python algos/a2c_continuous.py
-Expect: a return of 2,280, 2,399 or 2,499 (seeds 1, 2, 3) after 2M steps, about 2,000 a second. MuJoCo's
+Expect: a return of 2,280, 2,399 or 2,499 (seeds 1, 2, 3) after 2M steps, about 1,000 a second. MuJoCo's
 cheetah, at 9,000 a second, wants other settings; it came to 4,419, 5,192 and 1,662 after 1M steps:
     python algos/a2c_continuous.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --no-use-sde \\
         --log-std-init -1 --gae-lambda 0.95 --no-use-rms-prop --learning-rate 3e-4
@@ -143,7 +144,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     if isinstance(obs_space, gym.spaces.Discrete):
         fail(f"{args.env_id} has integer states, this script reads vectors: use q_learning.py")
     if isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) > 1:
-        fail(f"{args.env_id} has images, this script reads vectors: use dqn_atari.py")
+        fail(f"{args.env_id} has images, this script reads vectors: dqn_atari.py plays Atari games")
     if isinstance(obs_space, gym.spaces.Box) and isinstance(action_space, gym.spaces.Discrete):
         fail(f"{args.env_id} has discrete actions, this script has continuous ones: use ppo.py")
     if not isinstance(obs_space, gym.spaces.Box) or not isinstance(action_space, gym.spaces.Box):
@@ -183,7 +184,7 @@ class RunningNorm(nn.Module):
         self.scale.copy_((self.var + 1e-8).rsqrt())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, *shape) -> (B, *shape) of mean 0, deviation 1; what first varies lands at ±limit."""
+        """(B, *shape) -> (B, *shape) of mean 0, deviation 1; a constant that changes lands at ±limit."""
         return ((x - self.shift) * self.scale).clamp(-self.limit, self.limit)
 
 
@@ -357,16 +358,16 @@ def discounted_sums(rewards, ended, before, gamma):
 
 def gaussian_log_prob(actions, means, stds):
     """ln π(a|s), equation (5), of actions before they are clipped. All three: (B, A). Returns (B,)."""
-    return (-0.5 * ((actions - means) / stds) ** 2 - stds.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+    return (-0.5 * ((actions - means) / stds) ** 2 - stds.log() - 0.5 * math.log(2 * math.pi)).sum(-1)  # (5)
 
 
 def gaussian_entropy(stds):
     """Mean entropy in nats, equation (8). stds: (B, A). Returns a scalar."""
-    return (stds.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).mean()
+    return (stds.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).mean()  # (8)
 
 
-# What follows down to `train` keeps the promises about run folders and is the same in every script: a first
-# reading may skip it.
+# What follows down to `train` keeps the promises about run folders. All but `load_policy` has one text in all
+# scripts that use PyTorch: a first reading may skip it.
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -386,11 +387,13 @@ def parse_args() -> Args:
             args = tyro.cli(Args, default=Args(**saved))
         except (OSError, ValueError, TypeError, KeyError) as error:
             fail(f"{folder} is no run folder of {Path(__file__).name}: {type(error).__name__} {error}")
+        if args.eval_episodes < 1:
+            fail("--eval-episodes must be at least 1")
     return args
 
 
 def env_seeds(num_envs: int, *key: int) -> list[int]:
-    """One seed per environment from any integers; with seed + i, neighbouring seeds would share most."""
+    """One seed per environment from any integers. With seed + i, neighbouring runs would share most seeds."""
     return np.random.SeedSequence(key).generate_state(num_envs).tolist()
 
 
@@ -401,7 +404,7 @@ def setup_torch(args: Args) -> torch.device:
     # The momentum of units that are not used fades to numbers so small that processors slow down over them.
     torch.set_flush_denormal(True)
     if args.cuda and not torch.cuda.is_available():
-        print("no CUDA device found, going on on the CPU")
+        print("no CUDA device found: the CPU is used")
     return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
 
@@ -424,7 +427,7 @@ def start_run(args: Args, global_step: int) -> tuple[Path, SummaryWriter]:
         names = {"name": run_dir.name, "id": run_dir.name, "resume": "allow", "dir": run_dir}
         project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
         wandb.init(**names, **project, sync_tensorboard=True)
-    # A killed run has charts beyond its last checkpoint: TensorBoard drops them when they come again.
+    # TensorBoard drops what a killed run logged beyond its last checkpoint, before those steps come again.
     return run_dir, SummaryWriter(run_dir, purge_step=global_step + 1 if global_step else None)
 
 
@@ -622,6 +625,7 @@ def train(args: Args) -> dict:
         # [Trick 5] One odd batch must not throw the policy off (OpenAI's code). Ablate: --max-grad-norm 0
         grad_norm = parameters.grad.norm().item()
         if not math.isfinite(loss.item() + grad_norm):
+            bar.close()
             fail(f"the loss is {loss.item()} at step {global_step}; the last checkpoint is good", code=1)
         if args.max_grad_norm and grad_norm > args.max_grad_norm:
             parameters.grad.mul_(args.max_grad_norm / grad_norm)

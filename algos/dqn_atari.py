@@ -1,9 +1,9 @@
 """Deep Q-learning (DQN) on Atari: a network reads the screen and learns what every action is worth.
 
-Q-learning with a network for a table chases its own tail: frames in a row are nearly the same, and each
-correction moves the very values that it is computed from. Three stabilisers hold it: a replay memory mixes
-old and new experience, a fixed Q-target (a copy of the network) stands still for a while, and in double DQN
-one of the two chooses the next action while the other says what it is worth.
+Q-learning with a network in place of a table chases its own tail: frames in a row are nearly the same, and
+each correction moves the very values that it is computed from. Three stabilisers hold it: a replay memory
+mixes old and new experience, a fixed Q-target (a copy of the network) stands still for a while, and in double
+DQN one of the two chooses the next action while the other says what it is worth.
 
 Pseudo-code
     repeat until the budget is spent:
@@ -25,13 +25,13 @@ next target is built on it. With (3) both networks must err alike on one action 
 Symbols: N num_envs, F train_frequency, B batch_size, A actions, C slots of the memory per environment;
 s stack of 4 frames, a action, r reward, s' next stack, Q network, Q⁻ its copy, y target, γ gamma,
 ε exploration, t step, t_0 learning_starts, d exploration_fraction × total_timesteps.
-Departures from the paper: Adam for RMSprop, the numbered tricks (each can be switched off), N environments at
-once (F counts the steps of all), and after a time limit, which is no failure, (4) goes on.
+Departures from the paper: Adam for RMSprop, tricks 3, 6 and 7, N environments at once (F counts the steps of
+all), a smaller memory and budget, and after a time limit, which is no failure, (4) goes on.
 References: DQN https://www.nature.com/articles/nature14236, double DQN https://arxiv.org/abs/1509.06461,
 how to play and report Atari games https://arxiv.org/abs/1709.06009
 
 Read first: q_learning.py (the same equations with a table).
-New here: a network for the table, the replay memory, the fixed target.
+New here: a network in place of the table, the replay memory, the fixed target.
 Run: python algos/dqn_atari.py --env-id ALE/SpaceInvaders-v5
 Expect: a score of 504 (seed 1) after 1,000,000 steps, 72 minutes on one core of a CPU. Random play has 150.
 """
@@ -101,6 +101,7 @@ class Args:
     exploration_fraction: float = 0.1  # part of the budget over which ε falls
     end_e: float = 0.01  # ε_end, exploration that stays
     bf16: bool = has_bf16()  # [Trick 6] compute in bfloat16; on where the machine can
+    ortho_init: bool = True  # [Trick 7] orthogonal initial weights
     # run
     seed: int = 1  # the same seed gives the same numbers on the CPU
     cuda: bool = torch.cuda.is_available()  # on where there is one
@@ -168,7 +169,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
 class Agent(nn.Module):
     """The network of the paper: three convolutions and a layer of 512. Bytes (B, 4, 84, 84) -> (B, A)."""
 
-    def __init__(self, num_actions: int, bf16: bool) -> None:
+    def __init__(self, num_actions: int, bf16: bool, ortho_init: bool) -> None:
         super().__init__()
         self.bf16 = bf16
         self.first = nn.Conv2d(STACK, 32, 8, stride=4)  # (B, 4, 84, 84) -> (B, 32, 20, 20)
@@ -178,11 +179,19 @@ class Agent(nn.Module):
             *(nn.ReLU(), nn.Flatten(), nn.Linear(3136, 512), nn.ReLU()),
         )
         self.head = nn.Linear(512, num_actions)  # (B, 512) -> (B, A)
+        if ortho_init:
+            # [Trick 7] One scale from layer to layer, as in ppo.py, and values that start at 0. With PyTorch's
+            # smaller weights the ball on Pong's bright ground fades from layer to layer, and before it is seen,
+            # learning from lost points kills the units. Ablate: --no-ortho-init
+            for layer in (self.first, *self.rest, self.head):
+                if isinstance(layer, nn.Linear | nn.Conv2d):
+                    nn.init.orthogonal_(layer.weight, 0.01 if layer is self.head else 2**0.5)
+                    nn.init.zeros_(layer.bias)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         # Convolutions are fastest with channels last, and bytes are the cheapest to rearrange.
         x = frames.contiguous(memory_format=torch.channels_last)
-        # [Trick 6] Features need half the digits only; weights and sums keep theirs. Ablate: --no-bf16
+        # [Trick 6] Features need two or three digits only; sums and weights keep theirs. Ablate: --no-bf16
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             x = x.to(torch.bfloat16 if self.bf16 else torch.float32)
             # Bytes to 0 … 1: dividing 8,192 weights is cheaper than 28,224 bytes of every stack.
@@ -195,7 +204,7 @@ class Agent(nn.Module):
 def make_agent(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> Agent:
     """An untrained agent for these environments."""
     torch.set_num_threads(NUM_THREADS)
-    agent = Agent(int(envs.single_action_space.n), args.bf16)
+    agent = Agent(int(envs.single_action_space.n), args.bf16, args.ortho_init)
     return agent.to(device, memory_format=torch.channels_last)
 
 
@@ -288,8 +297,8 @@ def q_loss(q, actions, targets):
     return F.smooth_l1_loss(q.gather(1, actions[:, None]).squeeze(1), targets)  # (5)
 
 
-# What follows down to `train` keeps the promises about run folders and is the same in every script: a first
-# reading may skip it.
+# What follows down to `train` keeps the promises about run folders. All but `load_policy` has one text in all
+# scripts that use PyTorch: a first reading may skip it.
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -309,11 +318,13 @@ def parse_args() -> Args:
             args = tyro.cli(Args, default=Args(**saved))
         except (OSError, ValueError, TypeError, KeyError) as error:
             fail(f"{folder} is no run folder of {Path(__file__).name}: {type(error).__name__} {error}")
+        if args.eval_episodes < 1:
+            fail("--eval-episodes must be at least 1")
     return args
 
 
 def env_seeds(num_envs: int, *key: int) -> list[int]:
-    """One seed per environment from any integers; with seed + i, neighbouring seeds would share most."""
+    """One seed per environment from any integers. With seed + i, neighbouring runs would share most seeds."""
     return np.random.SeedSequence(key).generate_state(num_envs).tolist()
 
 
@@ -324,7 +335,7 @@ def setup_torch(args: Args) -> torch.device:
     # The momentum of units that are not used fades to numbers so small that processors slow down over them.
     torch.set_flush_denormal(True)
     if args.cuda and not torch.cuda.is_available():
-        print("no CUDA device found, going on on the CPU")
+        print("no CUDA device found: the CPU is used")
     return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
 
@@ -347,7 +358,7 @@ def start_run(args: Args, global_step: int) -> tuple[Path, SummaryWriter]:
         names = {"name": run_dir.name, "id": run_dir.name, "resume": "allow", "dir": run_dir}
         project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
         wandb.init(**names, **project, sync_tensorboard=True)
-    # A killed run has charts beyond its last checkpoint: TensorBoard drops them when they come again.
+    # TensorBoard drops what a killed run logged beyond its last checkpoint, before those steps come again.
     return run_dir, SummaryWriter(run_dir, purge_step=global_step + 1 if global_step else None)
 
 
@@ -465,7 +476,8 @@ def train(args: Args) -> dict:
     # [Trick 2] Fixed Q-target: each correction moves the values of neighbouring states too; if those were its
     # own goal, it would run after itself (the paper). Ablate: --target-network-frequency 1
     target = make_agent(args, envs, device).requires_grad_(False)
-    target.rest.to(torch.bfloat16 if args.bf16 else torch.float32)  # as they are used: no small steps here
+    # No small steps add up in a copy: half the digits will do.
+    target.rest.to(torch.bfloat16 if args.bf16 else torch.float32)
     target.load_state_dict(agent.state_dict())
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
     global_step, episodes, wall_time_s, recent_returns = 0, 0, 0.0, deque(maxlen=100)
@@ -484,8 +496,8 @@ def train(args: Args) -> dict:
     obs, info = envs.reset(seed=env_seeds(N, args.seed, 0, global_step))
     memory.start(everyone, obs)
     lives, returns, lengths = info["lives"], [], []  # the last two of the episodes since the last log
-    # Sums of loss, Q and 1 over all minibatches, and their last logged state: on the device, since to read a
-    # number there is to wait for it.
+    # Sums of loss, Q and 1 over all minibatches, and their last logged state; on the device, for reading a
+    # number from there would make Python wait.
     sums, logged_sums = torch.zeros(2, 3, dtype=torch.float64, device=device)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True)
     interrupted = []  # filled by Ctrl-C, so that the loop ends where everything can be saved
@@ -497,6 +509,7 @@ def train(args: Args) -> dict:
         # One more step without saving, and a kill would cost more than checkpoint_every steps.
         saving = finished or interrupted or global_step + N > saved_step + args.checkpoint_every
         if (saving or global_step == logged_step) and not torch.isfinite(sums).all():
+            bar.close()
             fail(f"the loss is {sums[0].item()} at step {global_step}; the last checkpoint is good", code=1)
         if saving:
             wall_time_s = time.perf_counter() - started
@@ -525,8 +538,8 @@ def train(args: Args) -> dict:
         # [B] remember
         # [Trick 4] One step size fits games of all scores (the paper). Ablate: --no-clip-rewards
         learned_rewards = np.sign(rewards) if args.clip_rewards else rewards
-        # [Trick 5] A lost life is the end for who learns, though not of the game: it cannot be made up for by
-        # what comes after (the paper's code). Ablate: --no-episodic-life
+        # [Trick 5] For the learner a lost life is the end, though not for the game: what comes after cannot
+        # make up for it (the paper's code). Ablate: --no-episodic-life
         ended, next_obs = terminated | truncated, obs
         life_lost = (info["lives"] < lives) & ~ended & args.episodic_life
         lives = info["lives"]

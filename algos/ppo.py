@@ -14,7 +14,7 @@ Pseudo-code
 Equations
     (1)  a   = argmax_i (z_i + g_i),  g_i ~ Gumbel(0, 1)     is a sample of π = softmax(z)
     (2)  δ_t = r_t + γ V(s_{t+1}) − V(s_t)                   V(s_{t+1}) counts as 0 after a termination
-    (3)  A_t = δ_t + γλ A_{t+1}                              A_{t+1} counts as 0 after the end of an episode
+    (3)  A_t = δ_t + γλ A_{t+1}                              A_{t+1} is 0 past the end of episode or rollout
     (4)  R_t = A_t + V(s_t)                                  what the value network should have said
     (5)  ρ   = π(a|s) / π_old(a|s)                           how much likelier the action is; 1 at first
     (6)  L_π = −mean min(ρ A, clip(ρ, 1−ε, 1+ε) A)
@@ -28,11 +28,12 @@ When has the clipped objective (6) a gradient? `min` takes the worse of two term
     A < 0    no: already rarer, enough          yes       yes: a bad action became likely
 It vanishes just where a step would lead on in a direction followed far enough; the way back stays open.
 
-Symbols: T num_steps, N num_envs, B minibatch, D observation size, A actions (in formulas: advantage);
+Symbols: T num_steps, N num_envs, K update_epochs, B minibatch, D observation size, A actions (in formulas:
+advantage);
 s observation, a action, r reward, z logits, π policy, V value, γ gamma, λ gae_lambda, ε clip_coef,
 c_V vf_coef, c_H ent_coef.
-Departures from the paper: separate networks, the numbered tricks (each can be switched off), and after a time
-limit, which is no failure, (2) looks at the last observation before the reset.
+Departures from the paper: the numbered tricks (each can be switched off), and after a time limit, which is no
+failure, (2) looks at the last observation before the reset.
 References: PPO https://arxiv.org/abs/1707.06347, advantages (GAE) https://arxiv.org/abs/1506.02438,
 which details matter https://arxiv.org/abs/2006.05990, time limits https://arxiv.org/abs/1712.00378
 
@@ -125,7 +126,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     if isinstance(obs_space, gym.spaces.Discrete):
         fail(f"{args.env_id} has integer states, this script reads vectors: use q_learning.py")
     if isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) > 1:
-        fail(f"{args.env_id} has images, this script reads vectors: use dqn_atari.py")
+        fail(f"{args.env_id} has images, this script reads vectors: dqn_atari.py plays Atari games")
     if isinstance(action_space, gym.spaces.Box):
         fail(f"{args.env_id} has continuous actions, this script has discrete ones: use a2c_continuous.py")
     if not isinstance(obs_space, gym.spaces.Box) or not isinstance(action_space, gym.spaces.Discrete):
@@ -184,7 +185,7 @@ def gumbel_noise(*shape):
 
 def sample(logits, gumbel):
     """Draw from softmax(logits), equation (1). logits, gumbel: (N, A). Returns actions (N,)."""
-    return (logits + gumbel).argmax(-1)
+    return (logits + gumbel).argmax(-1)  # (1)
 
 
 def log_prob(logits, actions):
@@ -195,7 +196,7 @@ def log_prob(logits, actions):
 def entropy(logits):
     """Mean entropy of softmax policies in nats, equation (8). logits: (B, A). Returns a scalar."""
     log_probs = logits.log_softmax(-1)
-    return -(log_probs.exp() * log_probs).sum(-1).mean()
+    return -(log_probs.exp() * log_probs).sum(-1).mean()  # (8)
 
 
 def normalize(advantages):
@@ -222,11 +223,11 @@ def value_loss(values, old_values, returns, clip_coef=None):
         # It presumes returns of scale 1 and often hurts, so it is off. Try: --clip-vloss
         clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
         errors = torch.max(errors, (clipped - returns) ** 2)
-    return 0.5 * errors.mean()
+    return 0.5 * errors.mean()  # (7)
 
 
-# What follows down to `train` keeps the promises about run folders and is the same in every script: a first
-# reading may skip it.
+# What follows down to `train` keeps the promises about run folders. All but `load_policy` has one text in all
+# scripts that use PyTorch: a first reading may skip it.
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -246,11 +247,13 @@ def parse_args() -> Args:
             args = tyro.cli(Args, default=Args(**saved))
         except (OSError, ValueError, TypeError, KeyError) as error:
             fail(f"{folder} is no run folder of {Path(__file__).name}: {type(error).__name__} {error}")
+        if args.eval_episodes < 1:
+            fail("--eval-episodes must be at least 1")
     return args
 
 
 def env_seeds(num_envs: int, *key: int) -> list[int]:
-    """One seed per environment from any integers; with seed + i, neighbouring seeds would share most."""
+    """One seed per environment from any integers. With seed + i, neighbouring runs would share most seeds."""
     return np.random.SeedSequence(key).generate_state(num_envs).tolist()
 
 
@@ -261,7 +264,7 @@ def setup_torch(args: Args) -> torch.device:
     # The momentum of units that are not used fades to numbers so small that processors slow down over them.
     torch.set_flush_denormal(True)
     if args.cuda and not torch.cuda.is_available():
-        print("no CUDA device found, going on on the CPU")
+        print("no CUDA device found: the CPU is used")
     return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
 
@@ -284,7 +287,7 @@ def start_run(args: Args, global_step: int) -> tuple[Path, SummaryWriter]:
         names = {"name": run_dir.name, "id": run_dir.name, "resume": "allow", "dir": run_dir}
         project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
         wandb.init(**names, **project, sync_tensorboard=True)
-    # A killed run has charts beyond its last checkpoint: TensorBoard drops them when they come again.
+    # TensorBoard drops what a killed run logged beyond its last checkpoint, before those steps come again.
     return run_dir, SummaryWriter(run_dir, purge_step=global_step + 1 if global_step else None)
 
 

@@ -3,6 +3,11 @@
 Each step compares what the table promised with the reward that came and what the table promises from there,
 and moves the entry a little: the agent learns before the episode is over. NumPy is all it needs.
 
+An agent is in a state (where it stands on a frozen lake), chooses an action (a direction) and gets a reward
+(1 at the goal) and the next state: one step. Steps follow each other until the episode ends: it terminates
+(a hole or the goal, nothing follows) or a time limit cuts it off. A policy is the rule by which actions are
+chosen.
+
 Pseudo-code
     for every episode:
         [A] explore   a little less than before: ε falls
@@ -32,14 +37,15 @@ Monte Carlo is right on average, but G_t carries the luck of a whole episode. TD
 but builds on a guess (it bootstraps): the news of a reward spreads backwards, one state at a time.
 
 Whose values? The target (7) takes the best next action, whatever (5) will do: Q-learning tries things out
-and yet learns what the greedy policy is worth. To learn about one policy while another acts is off-policy.
+and yet learns what the greedy policy (always the best known action) is worth. To learn about one policy while
+another acts is off-policy.
 On-policy is SARSA: y = r + γ Q(s',a') with the action a' that really comes next. It learns what its own
 policy is worth, blunders included: along a cliff SARSA keeps its distance, Q-learning walks on the edge.
 
 Symbols: s state, a action, r reward, s' next state, γ gamma, α learning_rate, c lr_visits, κ decay_rate,
 k episodes so far, n visits of (s,a) so far, S states, A actions.
-Departures from the paper: the numbered tricks (each can be switched off), and after a time limit, which is no
-failure, (7) looks at the next state as ever.
+Departures from the paper: a constant α by default (the proof wants one that falls, [Trick 1]), [Trick 2], and
+after a time limit, which is no failure, (7) looks at the next state as usual.
 References: Q-learning https://doi.org/10.1007/BF00992698, Sutton and Barto's book, chapters 3 to 6,
 http://incompleteideas.net/book/the-book-2nd.html, learning rates https://jmlr.org/papers/v5/evendar03a.html
 
@@ -205,11 +211,13 @@ def parse_args() -> Args:
             args = tyro.cli(Args, default=Args(**saved))
         except (OSError, ValueError, TypeError, KeyError) as error:
             fail(f"{folder} is no run folder of {Path(__file__).name}: {type(error).__name__} {error}")
+        if args.eval_episodes < 1:
+            fail("--eval-episodes must be at least 1")
     return args
 
 
 def env_seeds(num_envs: int, *key: int) -> list[int]:
-    """One seed per environment from any integers; with seed + i, neighbouring seeds would share most."""
+    """One seed per environment from any integers. With seed + i, neighbouring runs would share most seeds."""
     return np.random.SeedSequence(key).generate_state(num_envs).tolist()
 
 
@@ -243,8 +251,8 @@ def start_run(args: Args, global_step: int) -> tuple[Path, event_file_writer.Eve
         names = {"name": run_dir.name, "id": run_dir.name, "resume": "allow", "dir": run_dir}
         project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
         wandb.init(**names, **project, sync_tensorboard=True)
-    # A killed run has charts beyond its last checkpoint: TensorBoard drops them when they come again.
-    # Made by way of its module, where Weights & Biases has put its own writer.
+    # TensorBoard drops what a killed run logged beyond its last checkpoint, before those steps come again.
+    # Called through its module, because Weights & Biases replaces the class there.
     writer = event_file_writer.EventFileWriter(str(run_dir))
     if global_step:
         start = SessionLog(status=SessionLog.START)
@@ -393,11 +401,11 @@ def train(args: Args) -> dict:
         fail("--learning-rate must be above 0 and at most 1, --gamma between 0 and 1")
     if not 0 <= args.min_epsilon <= args.max_epsilon <= 1 or args.decay_rate < 0 or args.lr_visits < 0:
         fail("0 ≤ --min-epsilon ≤ --max-epsilon ≤ 1 and neither --decay-rate nor --lr-visits below 0, please")
-    start_seeds(args, 1, 0)
+    start_seeds(args, 1, 0)  # ends here if --eval-seeds is no list
     envs = make_envs(args, 1)
     env = envs.unwrapped.envs[0]  # one integer at a time is done faster without a vector around it
     S, A = int(envs.single_observation_space.n), int(envs.single_action_space.n)
-    # Lists instead of arrays: NumPy takes longer to find one number than to reckon with thousands.
+    # Lists instead of arrays: for one number at a time, Python is faster than NumPy.
     q_table, visits = [[0.0] * A for _ in range(S)], [[0] * A for _ in range(S)]  # (3), (S, A)
     rng = random.Random(args.seed)
     global_step, episodes, wall_time_s, recent_returns, curve = 0, 0, 0.0, deque(maxlen=100), []

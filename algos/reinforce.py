@@ -11,25 +11,27 @@ Pseudo-code
         [D] log       charts, progress bar
 
 Equations
-    (1)  a   = argmax_i (z_i + g_i),  g_i ~ Gumbel(0, 1)     is a sample of π = softmax(z)
+    (1)  a   = argmax_i (z_i + g_i),  g_i ~ Gumbel(0, 1)     is a sample of π = softmax(z), which means
+         π(i|s) = e^{z_i} / Σ_j e^{z_j}                      of the network's outputs z, the logits
     (2)  G_t = r_t + γ G_{t+1}                               the return; 0 after the end of an episode
     (3)  b_t = mean of G_t over the other episodes           --baseline batch: those that last beyond t
          b_t = V(s_t)                                        --baseline value; none: b_t = 0
     (4)  A_t = G_t − b_t
     (5)  L_i = −(N/M) Σ_t [A_t ln π(a_t|s_t) + c_H H(s_t)]   the loss of episode i
-    (6)  g_i = ∇L_i,   g = (1/N) Σ_i g_i                     the step goes along −g
-    (7)  Var = Σ_i ‖g_i − g‖² / (N (N−1))                    how much of g is chance: charts/grad_variance
-    (8)  H   = −Σ_a π(a|s) ln π(a|s)
+    (6)  d_i = ∇L_i,   d = (1/N) Σ_i d_i                     the step goes along −d
+    (7)  Var = Σ_i ‖d_i − d‖² / (N (N−1))                    how much of d is chance: charts/grad_variance
+    (8)  H   = −Σ_a π(a|s) ln π(a|s)                         entropy: large while the choice is open
     (9)  L_V = ½ mean (V(s) − G)²
     (10) s   ← (s − mean s) / √var s, within ±5              --normalize-obs
 
-Why is g the gradient of the expected return J = E[G_0]? An episode's probability is the product of what the
-world does, which does not depend on the policy's weights, and of all π(a_t|s_t). With ∇p = p ∇ln p,
+Why does −d point along the gradient of the expected return J = E[G_0]? An episode's probability is the
+product of what the world does, which does not depend on the policy's weights, and of all π(a_t|s_t). With
+∇p = p ∇ln p,
     ∇J = E[ G_0 Σ_t ∇ln π(a_t|s_t) ].
 Any number c that is settled before a_t is drawn can be added to G_0 in term t without changing the mean, for
     E[ c ∇ln π(a|s) ] = c Σ_a π(a|s) ∇π(a|s) / π(a|s) = c ∇ Σ_a π(a|s) = c ∇1 = 0.
 The rewards before t are such a number, so the return from t on will do; a baseline made of s_t or of other
-episodes is one, too. Both take nothing but chance out of g. On CartPole, 3 seeds, the median of (7) is
+episodes is one, too. Both take nothing but chance out of d. On CartPole, 3 seeds, the median of (7) is
                                        while the return is 40–80   80–160   160–320    at last it is
     --no-reward-to-go --baseline none                     11         17         14               64
     --baseline none                                        3.6        4.9       10              384
@@ -42,10 +44,10 @@ policy would be judged by its failures, and the better it got, the less of its b
 
 Symbols: N num_envs, T steps of the longest episode, M steps of all N episodes together, D observation size,
 A actions (in formulas: advantage), P weights of the policy; s observation, a action, r reward, z logits,
-π policy, V value, γ gamma, c_H entropy_coef.
+π policy, V value, γ gamma, c_H entropy_coef; B minibatch of (9), L steps of one episode.
 Departures from the paper: several episodes a step, divided by all their steps; discounting without the factor
 γ^t in (5), so that late steps count as much as early ones; Adam; after a time limit, which is no failure, (2)
-goes on with V of the last observation if there is a V; the numbered tricks (each can be switched off).
+goes on with V of the last observation if there is a V; the numbered tricks but 2, which is the paper's.
 References: REINFORCE and baselines https://doi.org/10.1007/BF00992696, why they lower the variance
 https://jmlr.org/papers/v5/greensmith04a.html, the other episodes as a baseline
 https://openreview.net/forum?id=r1lgTGL5DE, time limits https://arxiv.org/abs/1712.00378
@@ -54,7 +56,7 @@ Read first: q_learning.py (states, actions, returns).
 New here: a network is the policy, and its gradient is estimated from samples.
 Run: python algos/reinforce.py
 Expect: CartPole 500, the maximum, in 7 seconds. With the flags that README shows, Pixelcopter about 560
-in 5 minutes, and a Pong that hardly loses a point and wins one or two (+1.4) in 4 minutes.
+in 5 minutes, and PLE's Pong a return of +1.4 in 4 minutes (points won less points lost).
 """
 
 import difflib
@@ -133,7 +135,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     if isinstance(obs_space, gym.spaces.Discrete):
         fail(f"{args.env_id} has integer states, this script reads vectors: use q_learning.py")
     if isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) > 1:
-        fail(f"{args.env_id} has images, this script reads vectors: use dqn_atari.py")
+        fail(f"{args.env_id} has images, this script reads vectors: dqn_atari.py plays Atari games")
     if isinstance(action_space, gym.spaces.Box):
         fail(f"{args.env_id} has continuous actions, this script has discrete ones: use a2c_continuous.py")
     if not isinstance(obs_space, gym.spaces.Box) or not isinstance(action_space, gym.spaces.Discrete):
@@ -171,7 +173,7 @@ class RunningNorm(nn.Module):
         self.scale.copy_((self.var + 1e-8).rsqrt())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, *shape) -> (B, *shape) of mean 0, deviation 1; what first varies lands at ±limit."""
+        """(B, *shape) -> (B, *shape) of mean 0, deviation 1; a constant that changes lands at ±limit."""
         return ((x - self.shift) * self.scale).clamp(-self.limit, self.limit)
 
 
@@ -248,7 +250,7 @@ def gumbel_noise(*shape):
 
 def sample(logits, gumbel):
     """Draw from softmax(logits), equation (1). logits, gumbel: (N, A). Returns actions (N,)."""
-    return (logits + gumbel).argmax(-1)
+    return (logits + gumbel).argmax(-1)  # (1)
 
 
 def log_prob(logits, actions):
@@ -259,7 +261,7 @@ def log_prob(logits, actions):
 def entropy(logits):
     """Mean entropy of softmax policies in nats, equation (8). logits: (B, A). Returns a scalar."""
     log_probs = logits.log_softmax(-1)
-    return -(log_probs.exp() * log_probs).sum(-1).mean()
+    return -(log_probs.exp() * log_probs).sum(-1).mean()  # (8)
 
 
 def normalize(advantages):
@@ -268,8 +270,8 @@ def normalize(advantages):
     return (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
 
 
-# What follows down to `train` keeps the promises about run folders and is the same in every script: a first
-# reading may skip it.
+# What follows down to `train` keeps the promises about run folders. All but `load_policy` has one text in all
+# scripts that use PyTorch: a first reading may skip it.
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -289,11 +291,13 @@ def parse_args() -> Args:
             args = tyro.cli(Args, default=Args(**saved))
         except (OSError, ValueError, TypeError, KeyError) as error:
             fail(f"{folder} is no run folder of {Path(__file__).name}: {type(error).__name__} {error}")
+        if args.eval_episodes < 1:
+            fail("--eval-episodes must be at least 1")
     return args
 
 
 def env_seeds(num_envs: int, *key: int) -> list[int]:
-    """One seed per environment from any integers; with seed + i, neighbouring seeds would share most."""
+    """One seed per environment from any integers. With seed + i, neighbouring runs would share most seeds."""
     return np.random.SeedSequence(key).generate_state(num_envs).tolist()
 
 
@@ -304,7 +308,7 @@ def setup_torch(args: Args) -> torch.device:
     # The momentum of units that are not used fades to numbers so small that processors slow down over them.
     torch.set_flush_denormal(True)
     if args.cuda and not torch.cuda.is_available():
-        print("no CUDA device found, going on on the CPU")
+        print("no CUDA device found: the CPU is used")
     return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
 
@@ -327,7 +331,7 @@ def start_run(args: Args, global_step: int) -> tuple[Path, SummaryWriter]:
         names = {"name": run_dir.name, "id": run_dir.name, "resume": "allow", "dir": run_dir}
         project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
         wandb.init(**names, **project, sync_tensorboard=True)
-    # A killed run has charts beyond its last checkpoint: TensorBoard drops them when they come again.
+    # TensorBoard drops what a killed run logged beyond its last checkpoint, before those steps come again.
     return run_dir, SummaryWriter(run_dir, purge_step=global_step + 1 if global_step else None)
 
 
@@ -554,13 +558,15 @@ def train(args: Args) -> dict:
         if agent.norm_obs:  # not before: the policy that learns must be the one that played
             agent.norm_obs.update(in_a_row(obs, playing).to(device))
         if not torch.isfinite(mean_gradient.sum() + v_loss):
+            bar.close()
             loss = pg_loss + v_loss.item()
             fail(f"the loss is {loss} at step {global_step}; the last checkpoint is good", code=1)
 
         # [D] log: one point per update
         writer.add_scalar("charts/episodic_return", np.mean(returns), global_step)
         writer.add_scalar("charts/episodic_length", np.mean(lengths), global_step)
-        writer.add_scalar("charts/SPS", global_step / (time.perf_counter() - started), global_step)
+        speed = global_step / (time.perf_counter() - started)
+        writer.add_scalar("charts/SPS", speed, global_step)
         writer.add_scalar("charts/learning_rate", learning_rate, global_step)
         losses = {"policy_loss": pg_loss, "entropy": mean_entropy, "grad_norm": mean_gradient.norm()}
         if N > 1:
@@ -570,7 +576,7 @@ def train(args: Args) -> dict:
             losses["explained_variance"] = 1 - (b_returns - values).var() / b_returns.var()
         for name, value in losses.items():
             writer.add_scalar(f"losses/{name}", value, global_step)
-        bar.set_postfix_str(f"return {np.mean(recent_returns):.1f}", refresh=False)
+        bar.set_postfix_str(f"return {np.mean(recent_returns):.1f}, {speed:,.0f} steps/s", refresh=False)
         bar.update(N)
 
     bar.close()

@@ -4,22 +4,22 @@ Two problems come with rewards. They are sparse: where ten right decisions in a 
 learns from reward alone learns nothing. And somebody has to invent them: hints along the way are work, and
 agents exploit them. Curiosity is a reward from within: what cannot be predicted yet is worth a visit. But an
 agent that predicts its next observation stops in front of a noisy television, which surprises for ever. RND
-predicts what a fixed random network answers to the observation at hand: a function without noise, so that the
-error says only how unlike all that was seen it is, and fades with familiarity. (It avoids a part of the
-problem only: a television with new pictures for ever stays new.)
+predicts the output of a fixed random network for the observation at hand. That function has no noise, so the
+error is large only where the observation is unlike those seen before, and fades as they become familiar. (It
+avoids a part of the problem only: a television with new pictures for ever stays new.)
 
 Pseudo-code
     watch a random policy, to know the scale of the observations
     repeat until the budget is spent:
         [A] collect   T steps in each of N environments with the current policy
-        [B] estimate  how novel what each step led to is; advantages, for the task's rewards and for novelty
+        [B] estimate  how new the observation after each step is; advantages, for the task and for novelty
         [C] improve   policy, values and predictor, K epochs of minibatches; then the running statistics
         [D] log       charts, progress bar
 
 Equations; up to (9) those of ppo.py, with (2), (3), (4) and (7) once for the task and once for novelty
     (1)  a   = argmax_i (z_i + g_i),  g_i ~ Gumbel(0, 1)     is a sample of π = softmax(z)
     (2)  δ_t = r_t + γ V(s_{t+1}) − V(s_t)                   V(s_{t+1}) counts as 0 after a termination
-    (3)  A_t = δ_t + γλ A_{t+1}                              A_{t+1} counts as 0 after the end of an episode
+    (3)  A_t = δ_t + γλ A_{t+1}                              A_{t+1} is 0 past the end of episode or rollout
     (4)  R_t = A_t + V(s_t)
     (5)  ρ   = π(a|s) / π_old(a|s)
     (6)  L_π = −mean min(ρ A, clip(ρ, 1−ε, 1+ε) A)
@@ -27,7 +27,7 @@ Equations; up to (9) those of ppo.py, with (2), (3), (4) and (7) once for the ta
     (8)  H   = −Σ_a π(a|s) ln π(a|s)
     (9)  L   = L_π + c_V (L_V^E + L_V^I) − c_H mean H + mean e
     (10) x   = clip((s − μ) / σ, −5, 5)                      running mean μ and deviation σ of every element
-    (11) e_t = mean_k (f_k(x_{t+1}) − h_k(x_{t+1}))²         novelty: h is fixed, f learns to imitate it
+    (11) e_t = mean_k (f̂_k(x_{t+1}) − f_k(x_{t+1}))²         novelty: f is fixed, f̂ learns to imitate it
     (12) c_t = γ_I c_{t−1} + e_t                             what each environment gathered, discounted
     (13) i_t = e_t / deviation(c)                            intrinsic reward: returns of one scale everywhere
     (14) A   = c_E A^E + c_I A^I
@@ -37,31 +37,31 @@ The two returns end differently. The task's rewards come in episodes. Novelty do
 know no endings, and its s_{t+1} is then the first observation of the next episode. Otherwise the end of an
 episode would cut curiosity off, and an agent would dread it more than the task gives reason to.
 
-Symbols: T num_steps, N num_envs, B minibatch, D observation size, A actions (in formulas: advantage);
-C = 2 memory and observation, or 4 frames; s observation, a action, r reward, z logits, π policy, V value,
-γ gamma, γ_I int_gamma, λ gae_lambda, ε clip_coef, c_V vf_coef, c_H ent_coef, c_E ext_coef, c_I int_coef,
-β memory; h target, f predictor; E of the task, I intrinsic.
+Symbols: T num_steps, N num_envs, K update_epochs, B minibatch, D observation size, A actions (in formulas:
+advantage), C = 2 memory and observation, or 4 frames; s observation, a action, r reward, z logits, π policy,
+V value, γ gamma, γ_I int_gamma, λ gae_lambda, ε clip_coef, c_V vf_coef, c_H ent_coef, c_E ext_coef,
+c_I int_coef, β memory; f target, f̂ predictor; E of the task, I intrinsic.
 Departures from the paper: vectors pass through small layers instead of convolutions, and the policy too sees
-them as in (10), with the memory (15) where the paper tries a recurrent network; separate
-networks for policy and values; after a time limit (2) looks at the last observation before the reset.
+them as in (10), with the memory (15) where the paper tries a recurrent network; separate networks for policy
+and values; after a time limit (2) looks at the last observation before the reset.
 For Pyramids γ is 0.99 and c_I 0.3, not 0.999 and 1, with which runs found the gold and lost it again.
-Evaluation samples its actions: the most likely ones alone turn to and fro in corners (on Pyramids, after a
-million steps, a mean return of 1.1 when sampling and −0.5 when not).
+Evaluation samples its actions: the most likely ones alone may turn to and fro in a corner for ever (on
+Pyramids, with seed 1, in 4 of 100 episodes, and in none when sampling).
 References: RND https://arxiv.org/abs/1810.12894, curiosity at large https://arxiv.org/abs/1808.04355,
 PPO https://arxiv.org/abs/1707.06347, advantages (GAE) https://arxiv.org/abs/1506.02438
 
 Read first: ppo.py (it has the reasons for all that is only named here).
-New here: target and predictor, two values, running statistics.
+New here: target and predictor, two values, a memory.
 Run: python algos/rnd_ppo.py
      python algos/rnd_ppo.py --int-coef 0  # the same without curiosity
      python algos/rnd_ppo.py --env-id MiniGrid-DoorKey-8x8-v0 --total-timesteps 1000000
-     python algos/rnd_ppo.py --env-id ALE/MontezumaRevenge-v5 --clip-rewards --cuda  # days of work, as in the
-     paper with --num-envs 128 --num-steps 128 --num-minibatches 4 --update-epochs 4 --learning-rate 1e-4
-     --clip-coef 0.1 --gamma 0.999 --int-coef 1 --ent-coef 0.001 --predictor-share 0.25
-     --total-timesteps 500000000
-Expect: on Pyramids a return of 1.45, 1.39 or 1.28 (seeds 1, 2, 3) after 3 million steps and about 6 minutes.
-Never to find gold gives −1, Unity's benchmark is 1.75: one episode in seven still ends without gold.
-DoorKey-8x8 ends at 0.97 after a million steps, MultiRoom-N4-S5 (2 million, seed 1) at 0.75.
+The paper's own game is days of work for a GPU:
+     python algos/rnd_ppo.py --env-id ALE/MontezumaRevenge-v5 --clip-rewards --num-envs 128 --num-steps 128 \\
+         --num-minibatches 4 --learning-rate 1e-4 --clip-coef 0.1 --gamma 0.999 --int-coef 1 \\
+         --ent-coef 0.001 --predictor-share 0.25 --total-timesteps 500000000 --cuda
+Expect: on Pyramids a return of 1.79, 1.82 or 1.81 (seeds 1, 2, 3) after 3 million steps and about 6 minutes.
+Never to find gold gives −1, Unity's benchmark is 1.75. DoorKey-8x8 ends at 0.97 after a million steps,
+MultiRoom-N4-S5 (2 million, seed 1) at 0.74.
 """
 
 import difflib
@@ -259,7 +259,7 @@ class RunningNorm(nn.Module):
         self.scale.copy_((self.var + 1e-8).rsqrt())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, *shape) -> (B, *shape) of mean 0, deviation 1; what first varies lands at ±limit."""
+        """(B, *shape) -> (B, *shape) of mean 0, deviation 1; a constant that changes lands at ±limit."""
         return ((x - self.shift) * self.scale).clamp(-self.limit, self.limit)
 
 
@@ -362,7 +362,7 @@ def gumbel_noise(*shape):
 
 def sample(logits, gumbel):
     """Draw from softmax(logits), equation (1). logits, gumbel: (N, A). Returns actions (N,)."""
-    return (logits + gumbel).argmax(-1)
+    return (logits + gumbel).argmax(-1)  # (1)
 
 
 def log_prob(logits, actions):
@@ -373,7 +373,7 @@ def log_prob(logits, actions):
 def entropy(logits):
     """Mean entropy of softmax policies in nats, equation (8). logits: (B, A). Returns a scalar."""
     log_probs = logits.log_softmax(-1)
-    return -(log_probs.exp() * log_probs).sum(-1).mean()
+    return -(log_probs.exp() * log_probs).sum(-1).mean()  # (8)
 
 
 def normalize(advantages):
@@ -392,8 +392,8 @@ def policy_loss(log_probs, old_log_probs, advantages, clip_coef):
     return -torch.min(ratio * advantages, clipped * advantages).mean()  # (6)
 
 
-# What follows down to `train` keeps the promises about run folders and is the same in every script: a first
-# reading may skip it.
+# What follows down to `train` keeps the promises about run folders. All but `load_policy` has one text in all
+# scripts that use PyTorch: a first reading may skip it.
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -413,11 +413,13 @@ def parse_args() -> Args:
             args = tyro.cli(Args, default=Args(**saved))
         except (OSError, ValueError, TypeError, KeyError) as error:
             fail(f"{folder} is no run folder of {Path(__file__).name}: {type(error).__name__} {error}")
+        if args.eval_episodes < 1:
+            fail("--eval-episodes must be at least 1")
     return args
 
 
 def env_seeds(num_envs: int, *key: int) -> list[int]:
-    """One seed per environment from any integers; with seed + i, neighbouring seeds would share most."""
+    """One seed per environment from any integers. With seed + i, neighbouring runs would share most seeds."""
     return np.random.SeedSequence(key).generate_state(num_envs).tolist()
 
 
@@ -428,7 +430,7 @@ def setup_torch(args: Args) -> torch.device:
     # The momentum of units that are not used fades to numbers so small that processors slow down over them.
     torch.set_flush_denormal(True)
     if args.cuda and not torch.cuda.is_available():
-        print("no CUDA device found, going on on the CPU")
+        print("no CUDA device found: the CPU is used")
     return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
 
@@ -451,7 +453,7 @@ def start_run(args: Args, global_step: int) -> tuple[Path, SummaryWriter]:
         names = {"name": run_dir.name, "id": run_dir.name, "resume": "allow", "dir": run_dir}
         project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
         wandb.init(**names, **project, sync_tensorboard=True)
-    # A killed run has charts beyond its last checkpoint: TensorBoard drops them when they come again.
+    # TensorBoard drops what a killed run logged beyond its last checkpoint, before those steps come again.
     return run_dir, SummaryWriter(run_dir, purge_step=global_step + 1 if global_step else None)
 
 
@@ -568,6 +570,7 @@ def train(args: Args) -> dict:
     envs = make_envs(args, args.num_envs)
     agent = make_agent(args, envs, device)
     parameters = [p for p in agent.parameters() if p.requires_grad]  # all but the target's
+    # The predictor does not steer: its gradient is left as it is, and out of what steers.
     clipped = [p for part in (agent.actor, agent.critic) for p in part.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
     global_step, episodes, wall_time_s, recent_returns = 0, 0, 0.0, deque(maxlen=100)
@@ -687,6 +690,7 @@ def train(args: Args) -> dict:
                 if args.int_coef:
                     # [Trick 6] What the predictor learns at once is not new any more when the policy comes
                     # for it (the paper). The order is random: so are the first. Ablate: --predictor-share 1
+                    # The second half of (9).
                     loss = loss + args.vf_coef * int_v_loss + agent.novelty(mb_next_obs[:distilled]).mean()
                 optimizer.zero_grad()
                 loss.backward()
@@ -698,6 +702,7 @@ def train(args: Args) -> dict:
         for part in b_next_obs.split(minibatch_size):
             agent.norm_obs.update(part)
         if not torch.isfinite(loss + grad_norm):
+            bar.close()
             fail(f"the loss is {loss.item()} at step {global_step}; the last checkpoint is good", code=1)
 
         # [D] log: one point per rollout; losses are those of its last minibatch

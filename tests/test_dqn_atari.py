@@ -181,13 +181,13 @@ def test_epsilon_falls_in_a_line_once_learning_starts():
 
 def test_network_scales_bytes_and_agrees_in_both_precisions():
     torch.manual_seed(0)
-    agent = Agent(6, bf16=False).to(memory_format=torch.channels_last)
+    agent = Agent(6, bf16=False, ortho_init=True).to(memory_format=torch.channels_last)
     frames = torch.randint(0, 256, (5, 5, 84, 84), dtype=torch.uint8)[:, 1:]  # a view, as it is in training
     x = F.conv2d(frames.contiguous().float() / 255, agent.first.weight, agent.first.bias, stride=4)
     q = agent(frames)
     assert q.shape == (5, 6)
     np.testing.assert_allclose(q.detach(), agent.head(agent.rest(x)).detach(), atol=1e-5)
-    half = Agent(6, bf16=True)
+    half = Agent(6, bf16=True, ortho_init=True)
     half.load_state_dict(agent.state_dict())
     targets = torch.linspace(-1, 1, 5)
     gradients = []
@@ -200,7 +200,7 @@ def test_network_scales_bytes_and_agrees_in_both_precisions():
 
 
 def test_half_precision_keeps_small_differences_between_actions():
-    agent = Agent(6, bf16=True)
+    agent = Agent(6, bf16=True, ortho_init=True)
     with torch.no_grad():
         agent.head.weight.zero_()
         agent.head.bias.copy_(
@@ -208,6 +208,21 @@ def test_half_precision_keeps_small_differences_between_actions():
         )  # as in Pong; bfloat16 would make them two values
         q = agent(torch.randint(0, 256, (1, 4, 84, 84), dtype=torch.uint8))
     np.testing.assert_allclose(q[0].diff(), 0.001, atol=1e-6)
+
+
+def test_initial_weights_keep_small_differences_between_frames():
+    """Pong's bright ground with the ball in two places: the last hidden layer must tell them apart."""
+    differences = []
+    for ortho_init in (True, False):
+        torch.manual_seed(0)
+        agent = Agent(6, bf16=False, ortho_init=ortho_init)
+        frames = torch.full((2, 4, 84, 84), 107, dtype=torch.uint8)
+        frames[0, :, 40:42, 30] = frames[1, :, 50:52, 60] = 236
+        with torch.no_grad():
+            features = agent.rest(F.conv2d(frames / 255, agent.first.weight, agent.first.bias, stride=4))
+            differences.append((features[0] - features[1]).norm().item())
+            assert (agent(frames).abs().max() < 0.05) or not ortho_init
+    assert differences[0] > 30 * differences[1]
 
 
 # The memory

@@ -71,7 +71,7 @@ SLIPPERY_8X8 = (
     "--eval-episodes 1000"
 )
 TAXI = "--env-id Taxi-v4 --total-episodes 25000 --decay-rate 0.0005 --learning-rate 1"
-ATARI_PONG = "--env-id ALE/Pong-v5 --learning-starts 10000"
+ATARI_PONG = "--env-id ALE/Pong-v5 --total-timesteps 1200000 --learning-starts 10000 --learning-rate 2e-4"
 PENDULUM = "--env-id Pendulum-v1 --total-timesteps 1000000 --num-envs 8 --gamma 0.9 --learning-rate 7e-4"
 MULTIROOM = "--env-id MiniGrid-MultiRoom-N4-S5-v0 --total-timesteps 2000000"
 DOORKEY = "--env-id MiniGrid-DoorKey-8x8-v0 --total-timesteps 1000000"
@@ -105,7 +105,7 @@ PPO_TRICKS = (
     "--target-kl 0.02",
 )
 RALLY_FLAGS = (
-    "--env-id ALE/Rally-v5 --total-timesteps 40000 --learning-starts 1000 --buffer-size 10000 "
+    "--env-id ALE/Rally-v5 --total-timesteps 20000 --learning-starts 1000 --buffer-size 10000 "
     "--learning-rate 2.5e-4 --target-network-frequency 500 --exploration-fraction 0.3 --eval-episodes 40"
 )
 DQN_PARTS = {
@@ -147,7 +147,7 @@ TASKS = [
     ),
     Task("Pyramids without", "rnd_ppo", "--int-coef 0", 3, 1.75, "", "Pyramids", "--int-coef 0"),
     Task("DoorKey", "rnd_ppo", DOORKEY, 3, 0.9, "a solved task"),
-    Task("MultiRoom", "rnd_ppo", MULTIROOM, 1, 0, "RL Zoo: PPO after 10M"),
+    Task("MultiRoom", "rnd_ppo", MULTIROOM, 3, 0, "RL Zoo: PPO after 10M"),
     *(
         Task(f"ablation PPO {flag}", "ppo", flag, 3, None, "", "ppo_ablation", flag or "all tricks", False)
         for flag in ("", *PPO_TRICKS)
