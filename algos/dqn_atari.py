@@ -180,9 +180,9 @@ class Agent(nn.Module):
         )
         self.head = nn.Linear(512, num_actions)  # (B, 512) -> (B, A)
         if ortho_init:
-            # [Trick 7] One scale from layer to layer, as in ppo.py, and values that start at 0. With PyTorch's
-            # smaller weights the ball on Pong's bright ground fades from layer to layer, and before it is seen,
-            # learning from lost points kills the units. Ablate: --no-ortho-init
+            # [Trick 7] One scale from layer to layer, as in ppo.py, and values that start at 0. With smaller
+            # weights, PyTorch's own, the ball on Pong's bright ground fades from layer to layer; before it is
+            # seen, learning from lost points kills the units. Ablate: --no-ortho-init
             for layer in (self.first, *self.rest, self.head):
                 if isinstance(layer, nn.Linear | nn.Conv2d):
                     nn.init.orthogonal_(layer.weight, 0.01 if layer is self.head else 2**0.5)

@@ -40,7 +40,7 @@ which details matter https://arxiv.org/abs/2006.05990, time limits https://arxiv
 Read first: reinforce.py (the policy gradient), a2c_continuous.py (the critic and the advantage).
 New here: several epochs on the same batch, made safe by the clipped ratio.
 Run: python algos/ppo.py --env-id CartPole-v1
-Expect: a return of 500, the maximum, after 75,000 steps and about 8 seconds.
+Expect: a return of 500, the maximum, after 75,000 steps and about 6 seconds.
 """
 
 import difflib
