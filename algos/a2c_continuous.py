@@ -18,7 +18,7 @@ Equations
     (4)  R_t = A_t + V(s_t)                                  what the value network should have said
     (5)  ln π(a|s) = −Σ_j [(a_j − μ_j)² / 2σ_j² + ln σ_j + ½ ln 2π]
     (6)  L_π = −mean A ln π(a|s)
-    (7)  L_V = mean (V(s) − R)²
+    (7)  L_V = mean (V(s) − R)²                              without the ½ of the other scripts, as SB3 has it
     (8)  H   = Σ_j [ln σ_j + ½ ln 2πe]
     (9)  L   = L_π + c_V L_V − c_H mean H
     (10) n_j = Σ_i φ_i(s) W_ij,  W_ij ~ N(0, σ_ij²)          noise as a function of the state (gSDE)
@@ -246,7 +246,7 @@ class Agent(nn.Module):
         self.critic = mlp(1, last_gain=1.0)  # (B, D) -> (B, 1) values
         self.noise = Noise(64, num_actions, args.log_std_init, args.use_sde)
         # [Trick 3] Angles, speeds and contacts come in different units; a network learns soonest from inputs
-        # of one scale. Ablate: --no-norm-obs
+        # of one scale (https://arxiv.org/abs/2006.05990). Ablate: --no-norm-obs
         limit = 10.0 if args.norm_obs else math.inf  # never updated, it leaves x as it is
         self.norm_obs = RunningNorm(obs_dim, limit=limit)  # (11)
         self.norm_return = RunningNorm(1, limit=math.inf)
@@ -598,7 +598,8 @@ def train(args: Args) -> dict:
         learned_rewards = rewards
         if args.norm_reward:
             # [Trick 4] Returns of scale 1, whatever the rewards' unit: else errors of the values fill the
-            # gradient, and trick 5 leaves the policy's share too small for (12). Ablate: --no-norm-reward
+            # gradient, and trick 5 leaves the policy's share too small for (12). The way and the limit of 10
+            # are those of OpenAI's VecNormalize. Ablate: --no-norm-reward
             sums, earned = discounted_sums(rewards, terminated | truncated, earned, args.gamma)
             agent.norm_return.update(torch.from_numpy(sums).to(device).reshape(-1, 1))  # (T*N, 1)
             learned_rewards = (rewards * agent.norm_return.scale.item()).clip(-10, 10)

@@ -70,7 +70,7 @@ EVAL_EPSILON = 0.01  # random moves in evaluation: a greedy policy may wait for 
 STACK = 4  # frames in an observation: a single one shows no velocities
 LOG_EVERY = 1000  # steps between two points of the charts
 SPARE_MEMORY = 2**30  # bytes that the replay memory leaves to all else
-NUM_THREADS = torch.get_num_threads()  # convolutions gain from every core
+NUM_THREADS = torch.get_num_threads()  # as many as PyTorch would take
 
 
 def has_bf16() -> bool:
@@ -203,7 +203,7 @@ class Agent(nn.Module):
 
 def make_agent(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> Agent:
     """An untrained agent for these environments."""
-    torch.set_num_threads(NUM_THREADS)
+    torch.set_num_threads(NUM_THREADS)  # setup_torch chose one; convolutions gain from every core
     agent = Agent(int(envs.single_action_space.n), args.bf16, args.ortho_init)
     return agent.to(device, memory_format=torch.channels_last)
 
@@ -275,7 +275,7 @@ class ReplayMemory:
 
 def epsilon(step, start, duration, end):
     """Probability of a random action, equation (1). `end` is a probability, all else are steps."""
-    return 1 + (end - 1) * min(1.0, max(0, step - start) / max(duration, 1))
+    return 1 + (end - 1) * min(1.0, max(0, step - start) / max(duration, 1))  # (1)
 
 
 def td_target(rewards, terminated, target_q, q, gamma):

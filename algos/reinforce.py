@@ -235,7 +235,7 @@ def mean_of_others(returns, playing):
     """
     total = np.where(playing, returns, 0.0).sum(1, keepdims=True)  # (T, 1)
     others = playing.sum(1, keepdims=True) - playing
-    return np.where(others > 0, (total - returns) / np.maximum(others, 1), 0.0)
+    return np.where(others > 0, (total - returns) / np.maximum(others, 1), 0.0)  # (3)
 
 
 def in_a_row(x, playing):

@@ -660,8 +660,9 @@ def train(args: Args) -> dict:
                 agent.norm_past.update(torch.from_numpy(past).to(device).flatten())
                 intrinsic = novelty * agent.norm_past.scale.item()  # (13)
         # [Trick 7] Atari's points are of any size, and one step size must do (DQN). Try: --clip-rewards
-        gains, v, int_v = np.sign(rewards) if args.clip_rewards else rewards, values[..., 0], values[..., 1]
-        task = gae(gains, v[:-1], next_values, terminated, truncated, args.gamma, args.gae_lambda)
+        learned_rewards = np.sign(rewards) if args.clip_rewards else rewards
+        v, int_v = values[..., 0], values[..., 1]
+        task = gae(learned_rewards, v[:-1], next_values, terminated, truncated, args.gamma, args.gae_lambda)
         curious = gae(intrinsic, int_v[:-1], int_v[1:], never, never, args.int_gamma, args.gae_lambda)
         b_returns = torch.from_numpy(np.stack([task, curious], axis=-1) + values[:-1])  # (4) (T, N, 2)
         b_advantages = torch.from_numpy(args.ext_coef * task + args.int_coef * curious)  # (14) (T, N)
