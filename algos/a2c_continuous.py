@@ -254,8 +254,9 @@ class Agent(nn.Module):
     def in_numpy(self):
         """The policy as a NumPy function: observations (N, D) -> features (N, F), mean actions (N, A).
 
-        For a few rows, NumPy takes a sixth of PyTorch's time, which is nearly all overhead. On the CPU its
-        arrays are views of the weights and follow the learning; from a GPU they are copies of the moment.
+        Speed only, a first reading may skip it: for a few rows, NumPy takes a sixth of PyTorch's time, which
+        is nearly all overhead. On the CPU its arrays are views of the weights and follow the learning; from a
+        GPU they are copies of the moment.
         """
         arrays = {name: tensor.cpu().numpy() for name, tensor in self.state_dict().items()}
         names = ("features.0", "features.2", "mean")
@@ -280,7 +281,8 @@ def make_agent(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> 
 def one_vector(agent: nn.Module) -> nn.Parameter:
     """One vector of all parameters, which become views of it, with one of all gradients as its `grad`.
 
-    An optimizer that sees one tensor instead of a dozen small ones works several times faster.
+    Speed only, a first reading may skip it: on one tensor instead of a dozen small ones an optimizer works
+    several times faster.
     """
     parameters = list(agent.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
