@@ -33,7 +33,10 @@ how to play and report Atari games https://arxiv.org/abs/1709.06009
 Read first: q_learning.py (the same equations with a table).
 New here: a network in place of the table, the replay memory, the fixed target.
 Run: python algos/dqn_atari.py --env-id ALE/SpaceInvaders-v5
-Expect: a score of 504 (seed 1) after 1,000,000 steps, 72 minutes on one core of a CPU. Random play has 150.
+     python algos/dqn_atari.py --env-id ALE/Pong-v5 --ortho-init --total-timesteps 800000 \\
+         --learning-starts 10000 --learning-rate 2e-4
+Expect: in Space Invaders a score of 504 (seed 1, an earlier version) after 1,000,000 steps, 72 minutes on one
+core of a CPU; random play has 150. In Pong 19.9 of at most 21 (seed 1) after 53 minutes; random play has −20.
 """
 
 import difflib
@@ -101,7 +104,7 @@ class Args:
     exploration_fraction: float = 0.1  # part of the budget over which ε falls
     end_e: float = 0.01  # ε_end, exploration that stays
     bf16: bool = has_bf16()  # [Trick 6] compute in bfloat16; on where the machine can
-    ortho_init: bool = True  # [Trick 7] orthogonal initial weights
+    ortho_init: bool = False  # [Trick 7] orthogonal initial weights; Pong needs them
     # run
     seed: int = 1  # the same seed gives the same numbers on the CPU
     cuda: bool = torch.cuda.is_available()  # on where there is one
@@ -182,7 +185,8 @@ class Agent(nn.Module):
         if ortho_init:
             # [Trick 7] One scale from layer to layer, as in ppo.py, and values that start at 0. With smaller
             # weights, PyTorch's own, the ball on Pong's bright ground fades from layer to layer; before it is
-            # seen, learning from lost points kills the units. Ablate: --no-ortho-init
+            # seen, learning from lost points kills the units. Off by default: Space Invaders (dark ground) did
+            # better without, in one run of each. Try: --ortho-init
             for layer in (self.first, *self.rest, self.head):
                 if isinstance(layer, nn.Linear | nn.Conv2d):
                     nn.init.orthogonal_(layer.weight, 0.01 if layer is self.head else 2**0.5)
