@@ -185,8 +185,8 @@ class Agent(nn.Module):
         if ortho_init:
             # [Trick 7] One scale from layer to layer, as in ppo.py, and values that start at 0. With smaller
             # weights, PyTorch's own, the ball on Pong's bright ground fades from layer to layer; before it is
-            # seen, learning from lost points kills the units. Off by default: Space Invaders (dark ground) did
-            # better without, in one run of each. Try: --ortho-init
+            # seen, learning from lost points kills the units. Off: Space Invaders, on dark ground, did better
+            # without, in one run of each. Try: --ortho-init
             for layer in (self.first, *self.rest, self.head):
                 if isinstance(layer, nn.Linear | nn.Conv2d):
                     nn.init.orthogonal_(layer.weight, 0.01 if layer is self.head else 2**0.5)
