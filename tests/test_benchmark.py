@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmark"))
-learning = importlib.import_module("learning")
+learning, rally = (importlib.import_module(name) for name in ("learning", "rally"))
 Task = learning.Task
 
 
@@ -67,3 +67,28 @@ def test_the_interval_holds_the_mean_and_shrinks_with_agreement():
     want = 2 * 1.96 * values.std(0) / np.sqrt(400)  # of a normal mean
     np.testing.assert_allclose(high - low, want, rtol=0.15)
     assert (low <= values.mean(0) + 1e-12).all() and (high >= values.mean(0) - 1e-12).all()
+
+
+@pytest.mark.parametrize("looking_ahead", [True, False])
+def test_rally_is_won_by_who_goes_where_the_ball_will_be(looking_ahead):
+    options = {"reward_clipping": False, "autoreset_mode": rally.AutoresetMode.SAME_STEP}
+    game = rally.gym.make_vec("ALE/Rally-v5", 3, "vector_entry_point", **options)
+    stacks, _ = game.reset(seed=[1, 2, 3])
+    returns, wins, losses = np.zeros(3), [], []
+    for step in range(1, 441):
+        cells = stacks[:, -1, ::7, ::7] > 0
+        assert (cells[:, -1].sum(-1) >= 2).all() and (cells[:, :-1].sum((1, 2)) <= 1).all()
+        np.testing.assert_array_equal(stacks[:, -1], cells.repeat(7, 1).repeat(7, 2) * 255)
+        column = game.ball + game.drift
+        column = np.where((column < 0) | (column >= rally.CELLS), game.ball - game.drift, column)
+        wanted = np.where(column < game.paddle, 1, np.where(column > game.paddle + 1, 2, 0))
+        stacks, rewards, terminated, truncated, info = game.step(wanted if looking_ahead else wanted * 0)
+        returns += rewards
+        for n in np.flatnonzero(terminated | truncated):
+            assert (
+                stacks[n, :-1].max() == 0 and info["final_obs"][n, :-1].max() == 255
+            )  # a fresh stack, a full one
+            (wins if truncated[n] else losses).append((returns[n], step))
+            returns[n] = 0
+    assert wins == ([(20, 220)] * 3 + [(20, 440)] * 3 if looking_ahead else [])
+    assert not losses if looking_ahead else -1 <= np.mean(losses, axis=0)[0] < -0.6
