@@ -159,6 +159,7 @@ TASKS = [
         "with curiosity",
         note="chosen on seed 1",
     ),
+    Task("Pyramids 1M", "rnd_ppo", "--total-timesteps 1000000", 3, 1.75, "Unity's benchmark, 3M decisions"),
     Task("Pyramids without", "rnd_ppo", "--int-coef 0", 3, 1.75, "", "Pyramids", "--int-coef 0"),
     Task("DoorKey", "rnd_ppo", DOORKEY, 3, 0.9, "a solved task"),
     Task("MultiRoom", "rnd_ppo", MULTIROOM, 3, 0, "RL Zoo: PPO after 10M"),
