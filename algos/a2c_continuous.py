@@ -12,22 +12,22 @@ Pseudo-code
         [D] log       charts, progress bar
 
 Equations
-    (1)  a   = μ(s) + n,  n_j ~ N(0, σ_j(s)²)                the action sampled, which the policy learns from
+    (1)  a   = μ(s) + n,  n_j ~ N(0, σ_j(s)²)                the action that the policy learns from
     (2)  δ_t = r_t + γ V(s_{t+1}) − V(s_t)                   V(s_{t+1}) counts as 0 after a termination
-    (3)  A_t = δ_t + γλ A_{t+1}                              A_{t+1} is 0 past the end of episode or rollout
+    (3)  A_t = δ_t + γλ A_{t+1}                              A_{t+1} is 0 beyond episode and rollout
     (4)  R_t = A_t + V(s_t)                                  what the value network should have said
     (5)  ln π(a|s) = −Σ_j [(a_j − μ_j)² / 2σ_j² + ln σ_j + ½ ln 2π]
     (6)  L_π = −mean A ln π(a|s)
-    (7)  L_V = mean (V(s) − R)²                              without the ½ of the other scripts, as SB3 has it
+    (7)  L_V = mean (V(s) − R)²                              without the ½ of other scripts, as in SB3
     (8)  H   = Σ_j [ln σ_j + ½ ln 2πe]
     (9)  L   = L_π + c_V L_V − c_H mean H
     (10) n_j = Σ_i φ_i(s) W_ij,  W_ij ~ N(0, σ_ij²)          noise as a function of the state (gSDE)
     (11) running mean and variance when k numbers join m, with w = k / (m+k) and d = mean_k − mean:
          mean ← mean + w d,   var ← (1−w) var + w var_k + w (1−w) d²
-    (12) v ← α v + (1−α) g²,  θ ← θ − η g / √(v + ε)         RMSprop, ε inside the square root
+    (12) v ← α v + (1−α) g²,  θ ← θ − η g / √(v + ε)         RMSprop, ε inside the root
 
 Symbols: T num_steps, N num_envs, B = T·N batch, D observation size, A actions (in formulas: advantage),
-F = 64 features; s observation, a action, r reward, μ mean and σ standard deviation of the policy π, φ last
+F = 64 features; s observation, a action, r reward, μ mean and σ deviation of the policy π, φ last
 hidden layer below μ, V value, γ gamma, λ gae_lambda, c_V vf_coef, c_H ent_coef, g gradient, θ parameters,
 η learning rate; in (12) v running mean of g², α = 0.99, ε = 1e-5. With λ = 1, and V in place of all that
 follows the last step, (3) is the G_t − V(s_t) of reinforce.py.
@@ -195,9 +195,10 @@ class Noise(nn.Module):
     of the features φ(s), and its random matrix W is held for a rollout: similar states get similar noise, so
     the robot tries out whole movements. Ablate: --no-use-sde (one feature, always 1, and a new W each step)
 
-    How likely is an action? In state s, n_j = Σ_i φ_i W_ij is a sum of independent normal numbers of variance
-    φ_i² σ_ij²: it is normal, with mean 0 and variance Σ_i φ_i² σ_ij². Each n_j has its own column of W, so
-    they are independent, and (5) holds. That the steps of a rollout share their W is left out of account.
+    How likely is an action? In state s, n_j = Σ_i φ_i W_ij is a sum of independent normal numbers, each of
+    variance φ_i² σ_ij²: it is normal, with mean 0 and variance Σ_i φ_i² σ_ij². Each n_j has its own column
+    of W, so they are independent, and (5) holds. That the steps of a rollout share their W is left out of
+    account.
     """
 
     def __init__(self, num_features: int, num_actions: int, log_std_init: float, use_sde: bool) -> None:
@@ -297,9 +298,9 @@ def one_vector(agent: nn.Module) -> nn.Parameter:
 class RMSprop:
     """[Trick 7] RMSprop as in TensorFlow, with which A2C's results were published; equation (12).
 
-    torch.optim.RMSprop divides by √v + ε. Inside the root, ε = 1e-5 counts as √ε = 3e-3: a gradient far below
-    moves its parameter far less than η, where outside it would be blown up to η, noise or not. And v starts
-    at 1, not at 0: the first steps are small, not the largest of all. Ablate: --no-use-rms-prop (Adam)
+    torch.optim.RMSprop divides by √v + ε. Inside the root, ε = 1e-5 counts as √ε = 3e-3: a gradient far
+    below moves its parameter far less than η, where outside it would be blown up to η, noise or not. And v
+    starts at 1, not at 0: the first steps are small, not the largest. Ablate: --no-use-rms-prop (Adam)
     """
 
     def __init__(self, parameters: list[torch.Tensor], lr: float, alpha=0.99, eps=1e-5) -> None:
@@ -448,7 +449,7 @@ def save_checkpoint(run_dir: Path, checkpoint: dict) -> None:
 
 
 def load_checkpoint(run_dir: str | Path, **parts) -> dict:
-    """Read checkpoint.pt, put saved states into the parts (agent, …), return it all. Runs no code from it."""
+    """Read checkpoint.pt, put saved states into the parts (agent, …), return all. Runs no code from it."""
     path = Path(run_dir) / "checkpoint.pt"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)

@@ -13,11 +13,11 @@ Pseudo-code
         [D] log       charts, progress bar
 
 Equations
-    (1)  ε(t) = 1 + (ε_end − 1) min(1, max(0, t − t_0) / d)   1 until t_0, then less and less for d steps
+    (1)  ε(t) = 1 + (ε_end − 1) min(1, max(0, t − t_0) / d)   1 until t_0, then falling for d steps
     (2)  a    = a random action with probability ε, else argmax_a Q(s, a)
     (3)  a*   = argmax_a Q(s', a)                             chosen by the network that learns, but
-    (4)  y    = r + γ Q⁻(s', a*)                              valued by its copy; only r after a termination
-    (5)  L    = mean h(Q(s, a) − y)                           Huber: h(x) = ½ x² if |x| < 1, else |x| − ½
+    (4)  y    = r + γ Q⁻(s', a*)                              valued by its copy; r after a termination
+    (5)  L    = mean h(Q(s, a) − y)                           Huber: h(x) = ½ x² if |x| < 1, else |x|−½
 
 Why not simply y = r + γ max_a Q⁻(s', a)? The maximum over noisy estimates picks what errs upwards, and the
 next target is built on it. With (3) both networks must err alike on one action before y does.
@@ -36,7 +36,7 @@ Run: python algos/dqn_atari.py --env-id ALE/SpaceInvaders-v5
      python algos/dqn_atari.py --env-id ALE/Pong-v5 --ortho-init --total-timesteps 800000 \\
          --learning-starts 10000 --learning-rate 2e-4
 Expect: in Space Invaders a score of 504 (seed 1, an earlier version) after 1,000,000 steps, 72 minutes on one
-core of a CPU; random play has 150. In Pong 19.9 of at most 21 (seed 1) after 53 minutes; random play has −20.
+core of a CPU; random play has 150. In Pong 19.9 of at most 21 (seed 1) after 53 minutes; random play −20.
 """
 
 import difflib
@@ -381,7 +381,7 @@ def save_checkpoint(run_dir: Path, checkpoint: dict) -> None:
 
 
 def load_checkpoint(run_dir: str | Path, **parts) -> dict:
-    """Read checkpoint.pt, put saved states into the parts (agent, …), return it all. Runs no code from it."""
+    """Read checkpoint.pt, put saved states into the parts (agent, …), return all. Runs no code from it."""
     path = Path(run_dir) / "checkpoint.pt"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)

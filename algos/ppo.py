@@ -14,7 +14,7 @@ Pseudo-code
 Equations
     (1)  a   = argmax_i (z_i + g_i),  g_i ~ Gumbel(0, 1)     is a sample of π = softmax(z)
     (2)  δ_t = r_t + γ V(s_{t+1}) − V(s_t)                   V(s_{t+1}) counts as 0 after a termination
-    (3)  A_t = δ_t + γλ A_{t+1}                              A_{t+1} is 0 past the end of episode or rollout
+    (3)  A_t = δ_t + γλ A_{t+1}                              A_{t+1} is 0 beyond episode and rollout
     (4)  R_t = A_t + V(s_t)                                  what the value network should have said
     (5)  ρ   = π(a|s) / π_old(a|s)                           how much likelier the action is; 1 at first
     (6)  L_π = −mean min(ρ A, clip(ρ, 1−ε, 1+ε) A)
@@ -306,7 +306,7 @@ def save_checkpoint(run_dir: Path, checkpoint: dict) -> None:
 
 
 def load_checkpoint(run_dir: str | Path, **parts) -> dict:
-    """Read checkpoint.pt, put saved states into the parts (agent, …), return it all. Runs no code from it."""
+    """Read checkpoint.pt, put saved states into the parts (agent, …), return all. Runs no code from it."""
     path = Path(run_dir) / "checkpoint.pt"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -495,7 +495,7 @@ def train(args: Args) -> dict:
                 # Ablate: --max-grad-norm 0
                 grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or torch.inf)
                 optimizer.step()
-            # [Trick 6] A policy that has left its data behind learns no more from them. mean(ρ − 1 − ln ρ)
+            # [Trick 6] A policy that has left its data learns no more from them. mean(ρ − 1 − ln ρ)
             # estimates KL(π_old ‖ π) and is never negative (http://joschu.net/blog/kl-approx.html).
             # Off by default; try: --target-kl 0.02
             log_ratio = (log_probs - mb_log_probs).detach()

@@ -31,7 +31,7 @@ Equations
     (10) α_n = α / (1 + n/c)                            or simply α
 
 Two ways to learn a value; both move it a little from what was believed towards what was seen:
-    Monte Carlo           V(s_t) ← V(s_t) + α [G_t − V(s_t)]                  waits for the end of the episode
+    Monte Carlo           V(s_t) ← V(s_t) + α [G_t − V(s_t)]                  waits for the end
     temporal difference   V(s_t) ← V(s_t) + α [r_t + γ V(s_{t+1}) − V(s_t)]   waits for the next state
 Monte Carlo is right on average, but G_t carries the luck of a whole episode. TD carries the luck of one step,
 but builds on a guess (it bootstraps): the news of a reward spreads backwards, one state at a time.
@@ -44,7 +44,7 @@ policy is worth, blunders included: along a cliff SARSA keeps its distance, Q-le
 
 Symbols: s state, a action, r reward, s' next state, γ gamma, α learning_rate, c lr_visits, κ decay_rate,
 k episodes so far, n visits of (s,a) so far, S states, A actions.
-Departures from the paper: a constant α by default (the proof wants one that falls, [Trick 1]), [Trick 2], and
+Departures from the paper: a constant α by default (the proof wants a falling one, [Trick 1]), [Trick 2], and
 after a time limit, which is no failure, (7) looks at the next state as usual.
 References: Q-learning https://doi.org/10.1007/BF00992698, Sutton and Barto's book, chapters 3 to 6,
 http://incompleteideas.net/book/the-book-2nd.html, learning rates https://jmlr.org/papers/v5/evendar03a.html
@@ -400,7 +400,7 @@ def train(args: Args) -> dict:
     if not 0 < args.learning_rate <= 1 or not 0 <= args.gamma <= 1:
         fail("--learning-rate must be above 0 and at most 1, --gamma between 0 and 1")
     if not 0 <= args.min_epsilon <= args.max_epsilon <= 1 or args.decay_rate < 0 or args.lr_visits < 0:
-        fail("0 ≤ --min-epsilon ≤ --max-epsilon ≤ 1 and neither --decay-rate nor --lr-visits below 0, please")
+        fail("0 ≤ --min-epsilon ≤ --max-epsilon ≤ 1 and neither --decay-rate nor --lr-visits below 0")
     start_seeds(args, 1, 0)  # ends here if --eval-seeds is no list
     envs = make_envs(args, 1)
     env = envs.unwrapped.envs[0]  # one integer at a time is done faster without a vector around it

@@ -19,7 +19,7 @@ Equations
     (4)  A_t = G_t − b_t
     (5)  L_i = −(N/M) Σ_t [A_t ln π(a_t|s_t) + c_H H(s_t)]   the loss of episode i
     (6)  d_i = ∇L_i,   d = (1/N) Σ_i d_i                     the step goes along −d
-    (7)  Var = Σ_i ‖d_i − d‖² / (N (N−1))                    how much of d is chance: charts/grad_variance
+    (7)  Var = Σ_i ‖d_i − d‖² / (N (N−1))                    chance in d: charts/grad_variance
     (8)  H   = −Σ_a π(a|s) ln π(a|s)                         entropy: large while the choice is open
     (9)  L_V = ½ mean (V(s) − G)²
     (10) s   ← (s − mean s) / √var s, within ±5              --normalize-obs
@@ -46,7 +46,7 @@ Symbols: N num_envs, T steps of the longest episode, M steps of all N episodes t
 A actions (in formulas: advantage), P weights of the policy; s observation, a action, r reward, z logits,
 π policy, V value, γ gamma, c_H entropy_coef; B minibatch of (9), L steps of one episode.
 Departures from the paper: several episodes a step, divided by all their steps; discounting without the factor
-γ^t in (5), so that late steps count as much as early ones; Adam; after a time limit, which is no failure, (2)
+γ^t in (5), so that late steps count like early ones; Adam; after a time limit, which is no failure, (2)
 goes on with V of the last observation if there is a V; the numbered tricks but 2, which is the paper's.
 References: REINFORCE and baselines https://doi.org/10.1007/BF00992696, why they lower the variance
 https://jmlr.org/papers/v5/greensmith04a.html, the other episodes as a baseline
@@ -350,7 +350,7 @@ def save_checkpoint(run_dir: Path, checkpoint: dict) -> None:
 
 
 def load_checkpoint(run_dir: str | Path, **parts) -> dict:
-    """Read checkpoint.pt, put saved states into the parts (agent, …), return it all. Runs no code from it."""
+    """Read checkpoint.pt, put saved states into the parts (agent, …), return all. Runs no code from it."""
     path = Path(run_dir) / "checkpoint.pt"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -486,7 +486,7 @@ def train(args: Args) -> dict:
                     playing = playing & ~ended
         if interrupted:
             continue  # half an episode has no return
-        obs, actions, rewards, playing = (np.stack(column) for column in zip(*rows, strict=True))  # (T, N, …)
+        obs, actions, rewards, playing = (np.stack(column) for column in zip(*rows, strict=True))  # (T, N, *)
         lengths = playing.sum(0)  # (N,)
         returns = np.where(playing, rewards, 0.0).sum(0)
         global_step += int(lengths.sum())

@@ -19,15 +19,15 @@ Pseudo-code
 Equations; up to (9) those of ppo.py, with (2), (3), (4) and (7) once for the task and once for novelty
     (1)  a   = argmax_i (z_i + g_i),  g_i ~ Gumbel(0, 1)     is a sample of π = softmax(z)
     (2)  δ_t = r_t + γ V(s_{t+1}) − V(s_t)                   V(s_{t+1}) counts as 0 after a termination
-    (3)  A_t = δ_t + γλ A_{t+1}                              A_{t+1} is 0 past the end of episode or rollout
+    (3)  A_t = δ_t + γλ A_{t+1}                              A_{t+1} is 0 beyond episode and rollout
     (4)  R_t = A_t + V(s_t)
     (5)  ρ   = π(a|s) / π_old(a|s)
     (6)  L_π = −mean min(ρ A, clip(ρ, 1−ε, 1+ε) A)
     (7)  L_V = ½ mean (V(s) − R)²
     (8)  H   = −Σ_a π(a|s) ln π(a|s)
     (9)  L   = L_π + c_V (L_V^E + L_V^I) − c_H mean H + mean e
-    (10) x   = clip((s − μ) / σ, −5, 5)                      running mean μ and deviation σ of every element
-    (11) e_t = mean_k (f̂_k(x_{t+1}) − f_k(x_{t+1}))²         novelty: f is fixed, f̂ learns to imitate it
+    (10) x   = clip((s − μ) / σ, −5, 5)                      running mean μ, deviation σ, by element
+    (11) e_t = mean_k (f̂_k(x_{t+1}) − f_k(x_{t+1}))²         novelty: f is fixed, f̂ imitates it
     (12) c_t = γ_I c_{t−1} + e_t                             what each environment gathered, discounted
     (13) i_t = e_t / deviation(c)                            intrinsic reward: returns of one scale everywhere
     (14) A   = c_E A^E + c_I A^I
@@ -472,7 +472,7 @@ def save_checkpoint(run_dir: Path, checkpoint: dict) -> None:
 
 
 def load_checkpoint(run_dir: str | Path, **parts) -> dict:
-    """Read checkpoint.pt, put saved states into the parts (agent, …), return it all. Runs no code from it."""
+    """Read checkpoint.pt, put saved states into the parts (agent, …), return all. Runs no code from it."""
     path = Path(run_dir) / "checkpoint.pt"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -484,7 +484,7 @@ def load_checkpoint(run_dir: str | Path, **parts) -> dict:
 
 
 def load_policy(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, device: torch.device):
-    """The sampling policy of a run, a function of observations (N, …) to actions (N,), and its checkpoint."""
+    """The sampling policy of a run, from observations (N, …) to actions (N,), and its checkpoint."""
     agent = make_agent(args, envs, device)
     checkpoint = load_checkpoint(run_dir, agent=agent)
     torch.manual_seed(args.seed)  # each evaluation draws the same actions
@@ -570,7 +570,7 @@ def train(args: Args) -> dict:
     envs = make_envs(args, args.num_envs)
     agent = make_agent(args, envs, device)
     parameters = [p for p in agent.parameters() if p.requires_grad]  # all but the target's
-    # The predictor does not steer: its gradient is left as it is, and out of what steers.
+    # Not the predictor: its error must not shorten the steps of policy and values.
     clipped = [p for part in (agent.actor, agent.critic) for p in part.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
     global_step, episodes, wall_time_s, recent_returns = 0, 0, 0.0, deque(maxlen=100)
@@ -691,7 +691,7 @@ def train(args: Args) -> dict:
                 if args.int_coef:
                     # [Trick 6] What the predictor learns at once is not new any more when the policy comes
                     # for it (the paper). The order is random: so are the first. Ablate: --predictor-share 1
-                    # The second half of (9).
+                    # The rest of (9):
                     loss = loss + args.vf_coef * int_v_loss + agent.novelty(mb_next_obs[:distilled]).mean()
                 optimizer.zero_grad()
                 loss.backward()

@@ -36,7 +36,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 POINTS = 100  # of a training curve in a CSV
 COLUMNS = ["seed", "phase", "step", "mean_return", "std_return", "episodes", "minutes", "steps_per_second"]
-# The tests' own game for DQN: a script gets it by importing the test that registers it.
+# A small game for DQN's ablation: importing rally.py registers it, then the script runs as always.
 RALLY = (
     "import sys; sys.path[:0] = ['algos', 'tests/benchmark']; import rally, dqn_atari; "
     "dqn_atari.train(dqn_atari.parse_args())"
