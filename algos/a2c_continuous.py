@@ -196,9 +196,8 @@ class Noise(nn.Module):
     the robot tries out whole movements. Ablate: --no-use-sde (one feature, always 1, and a new W each step)
 
     How likely is an action? In state s, n_j = Σ_i φ_i W_ij is a sum of independent normal numbers, each of
-    variance φ_i² σ_ij²: it is normal, with mean 0 and variance Σ_i φ_i² σ_ij². Each n_j has its own column
-    of W, so they are independent, and (5) holds. That the steps of a rollout share their W is left out of
-    account.
+    variance φ_i² σ_ij²: it is normal, with mean 0 and variance Σ_i φ_i² σ_ij². Each n_j has its own
+    column of W, so they are independent, and (5) holds. That the steps of a rollout share their W is ignored.
     """
 
     def __init__(self, num_features: int, num_actions: int, log_std_init: float, use_sde: bool) -> None:
@@ -298,8 +297,8 @@ def one_vector(agent: nn.Module) -> nn.Parameter:
 class RMSprop:
     """[Trick 7] RMSprop as in TensorFlow, with which A2C's results were published; equation (12).
 
-    torch.optim.RMSprop divides by √v + ε. Inside the root, ε = 1e-5 counts as √ε = 3e-3: a gradient far
-    below moves its parameter far less than η, where outside it would be blown up to η, noise or not. And v
+    torch.optim.RMSprop divides by √v + ε. Inside the root, ε = 1e-5 counts as √ε = 3e-3: a gradient much
+    smaller moves its parameter far less than η; outside it would be blown up to η, noise or not. And v
     starts at 1, not at 0: the first steps are small, not the largest. Ablate: --no-use-rms-prop (Adam)
     """
 
