@@ -297,8 +297,8 @@ def one_vector(agent: nn.Module) -> nn.Parameter:
 class RMSprop:
     """[Trick 7] RMSprop as in TensorFlow, with which A2C's results were published; equation (12).
 
-    torch.optim.RMSprop divides by √v + ε. Inside the root, ε = 1e-5 counts as √ε = 3e-3: a gradient much
-    smaller moves its parameter far less than η; outside it would be blown up to η, noise or not. And v
+    torch.optim.RMSprop divides by √v + ε. Inside the root, ε = 1e-5 counts as √ε = 3e-3: a far smaller
+    gradient moves its parameter far less than η; outside it would be blown up to η, noise or not. And v
     starts at 1, not at 0: the first steps are small, not the largest. Ablate: --no-use-rms-prop (Adam)
     """
 
