@@ -21,7 +21,8 @@ Equations
     (7)  L_V = mean (V(s) − R)²                              without the ½ of other scripts, as in SB3
     (8)  H   = Σ_j [ln σ_j + ½ ln 2πe]
     (9)  L   = L_π + c_V L_V − c_H mean H
-    (10) n_j = Σ_i φ_i(s) W_ij,  W_ij ~ N(0, σ_ij²)          noise as a function of the state (gSDE)
+    (10) n_j = Σ_i φ_i(s) W_ij,  W_ij ~ N(0, σ_ij²)          noise as a function of the state (gSDE),
+         so that σ_j(s)² = Σ_i φ_i(s)² σ_ij²
     (11) running mean and variance when k numbers join m, with w = k / (m+k) and d = mean_k − mean:
          mean ← mean + w d,   var ← (1−w) var + w var_k + w (1−w) d²
     (12) v ← α v + (1−α) g²,  θ ← θ − η g / √(v + ε)         RMSprop, ε inside the root
@@ -42,8 +43,8 @@ Read first: reinforce.py (the policy gradient).
 New here: the critic, the advantage, continuous actions, observations normalised by running statistics.
 Lacking beside ppo.py: nothing keeps a step from going too far, so each batch serves once and steps are small.
 Run: python algos/a2c_continuous.py
-Expect: a return of 2,280, 2,399 or 2,499 (seeds 1, 2, 3) after 2M steps, about 1,000 a second. MuJoCo's
-cheetah, at 9,000 a second, wants other settings; it came to 4,419, 5,192 and 1,662 after 1M steps:
+Expect: a return of 2,280, 2,399 or 2,499 (seeds 1, 2, 3) after 2M steps, 2,000 a second if nothing else runs.
+MuJoCo's cheetah, at 10,000 a second, wants other settings; it came to 4,419, 5,192 and 1,662 after 1M steps:
     python algos/a2c_continuous.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --no-use-sde \\
         --log-std-init -1 --gae-lambda 0.95 --no-use-rms-prop --learning-rate 3e-4
 The same flags serve HalfCheetahBulletEnv-v0; with the ant's, seed 1 ended at 568 there.
@@ -105,7 +106,7 @@ class Args:
     seed: int = 1  # the same seed gives the same numbers on the CPU
     cuda: bool = False  # off: a network this small is done on the CPU before a GPU has been asked
     eval_episodes: int = 100  # greedy episodes played after training
-    checkpoint_every: int = 20_000  # a killed run loses this many steps at most
+    checkpoint_every: int = 20_000  # steps that a killed run loses at most, or one rollout
     run_dir: str | None = None  # folder of the run; by default runs/ENV__a2c_continuous__seedS__TIME
     resume: str | None = None  # go on with the run in this folder
     evaluate: str | None = None  # evaluate the run in this folder, without training
@@ -141,7 +142,8 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     finally:
         signal.signal(signal.SIGINT, handler)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    if isinstance(obs_space, gym.spaces.Discrete):
+    parts = obs_space if isinstance(obs_space, gym.spaces.Tuple) else [obs_space]
+    if all(isinstance(part, gym.spaces.Discrete) for part in parts):
         fail(f"{args.env_id} has integer states, this script reads vectors: use q_learning.py")
     if isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) > 1:
         fail(f"{args.env_id} has images, this script reads vectors: dqn_atari.py plays Atari games")
@@ -368,6 +370,16 @@ def gaussian_entropy(stds):
     return (stds.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).mean()  # (8)
 
 
+def policy_loss(log_probs, advantages):
+    """What makes good actions likelier, equation (6). log_probs, advantages: (B,). Returns a scalar."""
+    return -(advantages * log_probs).mean()  # (6)
+
+
+def value_loss(values, returns):
+    """Mean squared error, equation (7). values, returns: (B,). Returns a scalar."""
+    return ((values - returns) ** 2).mean()  # (7)
+
+
 # What follows down to `train` keeps the promises about run folders. All but `load_policy` has one text in all
 # scripts that use PyTorch: a first reading may skip it.
 
@@ -414,7 +426,7 @@ def start_run(args: Args, global_step: int) -> tuple[Path, SummaryWriter]:
     """Make the run folder with args.json; open TensorBoard and, with --track, Weights & Biases."""
     name = f"{args.env_id}__{Path(__file__).stem}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.resume or args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
-    if not args.resume and (run_dir / "args.json").exists():
+    if not args.resume and any((run_dir / name).exists() for name in ("checkpoint.pt", "q_table.npz")):
         fail(f"{run_dir} holds a run already: --resume {run_dir} goes on with it")
     versions = {package: version(package) for package in ("torch", "gymnasium", "numpy")}
     saved = asdict(args) | {"resume": None, "evaluate": None, "versions": versions}
@@ -430,7 +442,7 @@ def start_run(args: Args, global_step: int) -> tuple[Path, SummaryWriter]:
         project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
         wandb.init(**names, **project, sync_tensorboard=True)
     # TensorBoard drops what a killed run logged beyond its last checkpoint, before those steps come again.
-    return run_dir, SummaryWriter(run_dir, purge_step=global_step + 1 if global_step else None)
+    return run_dir, SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -504,20 +516,22 @@ def evaluate(args: Args, run_dir: Path, device: torch.device) -> dict:
 
 
 def record_video(args: Args, policy, path: Path) -> None:
-    """Play the first evaluation episode once more and film it."""
-    from moviepy import ImageSequenceClip  # here, because it is slow to import
+    """Film one episode from the first evaluation seed. All its frames at once would fill the memory."""
+    from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter  # here, because it is slow to import
 
     envs = make_envs(args, 1, render_mode="rgb_array")
     obs, _ = envs.reset(seed=env_seeds(1, args.seed, 1, 0))
-    frames, ended = [envs.render()[0]], False
-    while not ended and len(frames) < MAX_EVAL_STEPS:
-        obs, _, terminated, truncated, _ = envs.step(policy(obs))
-        frames.append(envs.render()[0])
-        ended = terminated[0] or truncated[0]
+    frame, temporary = envs.render()[0], path.with_name("tmp-" + path.name)
+    size, fps = (frame.shape[1], frame.shape[0]), envs.metadata.get("render_fps", 30)
+    with FFMPEG_VideoWriter(str(temporary), size, fps) as film:
+        film.write_frame(frame)
+        ended, steps = False, 0
+        while not ended and steps < MAX_EVAL_STEPS:
+            obs, _, terminated, truncated, _ = envs.step(policy(obs))
+            film.write_frame(envs.render()[0])
+            ended, steps = terminated[0] or truncated[0], steps + 1
     envs.close()
-    clip = ImageSequenceClip(frames, fps=envs.metadata.get("render_fps", 30))
-    clip.write_videofile(str(path.with_name("tmp-" + path.name)), audio=False, logger=None)
-    os.replace(path.with_name("tmp-" + path.name), path)
+    os.replace(temporary, path)
 
 
 def train(args: Args) -> dict:
@@ -537,6 +551,8 @@ def train(args: Args) -> dict:
         global_step, episodes, wall_time_s = saved["global_step"], saved["episodes"], saved["wall_time_s"]
         recent_returns.extend(saved["recent_returns"])
         torch.set_rng_state(saved["rng_state"])
+    interrupted = []  # filled by Ctrl-C, so that the loop ends where everything can be saved
+    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     run_dir, writer = start_run(args, global_step)
 
     # Each row keeps the observation its step led to: the edges of episodes and rollouts are no special case.
@@ -551,8 +567,6 @@ def train(args: Args) -> dict:
     # Environments cannot be saved: a resumed run starts new episodes from new seeds.
     current_obs, _ = envs.reset(seed=env_seeds(N, args.seed, 0, global_step))
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True)
-    interrupted = []  # filled by Ctrl-C, so that the loop ends where everything can be saved
-    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     saved_step, started = -args.checkpoint_every, time.perf_counter() - wall_time_s
     while True:
         finished = global_step + args.batch_size > args.total_timesteps
@@ -618,8 +632,7 @@ def train(args: Args) -> dict:
         features = agent.features(normed_obs[0])  # (T*N, F)
         stds = agent.noise.std(features)  # (T*N, A)
         log_probs = gaussian_log_prob(b_actions, agent.mean(features), stds)  # (T*N,)
-        pg_loss = -(b_advantages * log_probs).mean()  # (6)
-        v_loss = ((b_values - b_returns) ** 2).mean()  # (7)
+        pg_loss, v_loss = policy_loss(log_probs, b_advantages), value_loss(b_values, b_returns)
         loss = pg_loss + args.vf_coef * v_loss  # (9)
         if args.ent_coef:
             loss = loss - args.ent_coef * gaussian_entropy(stds)  # (9)

@@ -26,7 +26,8 @@ Symbols: N num_envs, F train_frequency, B batch_size, A actions, C slots of the 
 s stack of 4 frames, a action, r reward, s' next stack, Q network, Q⁻ its copy, y target, γ gamma,
 ε exploration, t step, t_0 learning_starts, d exploration_fraction × total_timesteps.
 Departures from the paper: Adam for RMSprop, tricks 3, 6 and 7, N environments at once (F counts the steps of
-all), a smaller memory and budget, and after a time limit, which is no failure, (4) goes on.
+all), a smaller memory and budget, a copy renewed every 250 minibatches instead of 10,000, ε_end 0.01 instead
+of 0.1, and after a time limit, which is no failure, (4) goes on.
 References: DQN https://www.nature.com/articles/nature14236, double DQN https://arxiv.org/abs/1509.06461,
 how to play and report Atari games https://arxiv.org/abs/1709.06009
 
@@ -93,7 +94,7 @@ class Args:
     total_timesteps: int = 1_000_000  # budget: steps of all environments together, 4 frames each
     learning_rate: float = 1e-4  # Adam's step size
     buffer_size: int = 100_000  # [Trick 1] transitions in the replay memory
-    learning_starts: int = 100_000  # t_0, random steps before learning; a resumed run gathers as many anew
+    learning_starts: int = 100_000  # t_0, random steps before learning; --resume refills with as many
     batch_size: int = 32  # B, transitions per gradient step
     train_frequency: int = 4  # F, environment steps per gradient step
     gamma: float = 0.99  # γ, what a reward one step later is worth
@@ -109,7 +110,7 @@ class Args:
     seed: int = 1  # the same seed gives the same numbers on the CPU
     cuda: bool = torch.cuda.is_available()  # on where there is one
     eval_episodes: int = 10  # episodes played after training, greedy but for one move in a hundred
-    checkpoint_every: int = 20_000  # a killed run loses this many steps at most
+    checkpoint_every: int = 20_000  # steps that a killed run loses at most
     run_dir: str | None = None  # folder of the run; by default runs/ENV__dqn_atari__seedS__TIME
     resume: str | None = None  # go on with the run in this folder
     evaluate: str | None = None  # evaluate the run in this folder, without training
@@ -147,15 +148,16 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     SAME_STEP: what ends is reset at once, and info["final_obs"] keeps the observation before the reset.
     Exit code 2 for an unknown environment and for one that is no Atari game.
     """
-    env_id = re.sub(r"^(ALE/)?(\w+?)(NoFrameskip|Deterministic)?-v\d$", r"ALE/\2-v5", args.env_id)
-    if env_id not in gym.registry:
+    env_id = re.sub(r"^(ALE/)?(\w+?)(NoFrameskip|Deterministic)?-v[045]$", r"ALE/\2-v5", args.env_id)
+    if not env_id.startswith("ALE/") or env_id not in gym.registry:
         try:
             env = gym.make(args.env_id)
         except (gym.error.Error, ImportError) as error:
             near = ", ".join(difflib.get_close_matches(args.env_id, gym.registry, cutoff=0.5)) or "none"
             fail(f"cannot make the environment {args.env_id} (nearest known names: {near}): {error}")
         obs_space, other = env.observation_space, "no script handles it"
-        if isinstance(obs_space, gym.spaces.Discrete):
+        parts = obs_space if isinstance(obs_space, gym.spaces.Tuple) else [obs_space]
+        if all(isinstance(part, gym.spaces.Discrete) for part in parts):
             other = "its integer states are for q_learning.py"
         elif isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1:
             continuous = isinstance(env.action_space, gym.spaces.Box)
@@ -195,7 +197,8 @@ class Agent(nn.Module):
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         # Convolutions are fastest with channels last, and bytes are the cheapest to rearrange.
         x = frames.contiguous(memory_format=torch.channels_last)
-        # [Trick 6] Features need two or three digits only; sums and weights keep theirs. Ablate: --no-bf16
+        # [Trick 6] Features need two or three digits only; sums and weights keep theirs
+        # (https://arxiv.org/abs/1905.12322). Ablate: --no-bf16
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             x = x.to(torch.bfloat16 if self.bf16 else torch.float32)
             # Bytes to 0 … 1: dividing 8,192 weights is cheaper than 28,224 bytes of every stack.
@@ -215,9 +218,10 @@ def make_agent(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> 
 class ReplayMemory:
     """[Trick 1] Minibatches drawn from long ago and just now hold more than neighbours in time (the paper).
 
-    Ablate: --buffer-size 32 (a batch). Each environment has a ring of C slots, one frame in each; stacks are
-    rebuilt at sampling: an eighth of the memory that two stacks of 4 would take. A game begins with the 4
-    frames of its first stack and closes with the one before the reset: no stack needs those of another game.
+    Ablate: --buffer-size 32, which leaves the last 8 of each of 8 environments. Each has a ring of C slots,
+    one frame in each; stacks are rebuilt at sampling: an eighth of the memory that two stacks of 4 would
+    take. A game begins with the 4 frames of its first stack and closes with the one before the reset: no
+    stack needs those of another game.
 
         slot         0   1   2   3   4   5   6   7   8   9  10  11
         frame        ·   ·   ·  s0  s1  s2  s3   ·   ·   ·  s0  s1     s3 ended the first game
@@ -347,7 +351,7 @@ def start_run(args: Args, global_step: int) -> tuple[Path, SummaryWriter]:
     """Make the run folder with args.json; open TensorBoard and, with --track, Weights & Biases."""
     name = f"{args.env_id}__{Path(__file__).stem}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.resume or args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
-    if not args.resume and (run_dir / "args.json").exists():
+    if not args.resume and any((run_dir / name).exists() for name in ("checkpoint.pt", "q_table.npz")):
         fail(f"{run_dir} holds a run already: --resume {run_dir} goes on with it")
     versions = {package: version(package) for package in ("torch", "gymnasium", "numpy")}
     saved = asdict(args) | {"resume": None, "evaluate": None, "versions": versions}
@@ -363,7 +367,7 @@ def start_run(args: Args, global_step: int) -> tuple[Path, SummaryWriter]:
         project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
         wandb.init(**names, **project, sync_tensorboard=True)
     # TensorBoard drops what a killed run logged beyond its last checkpoint, before those steps come again.
-    return run_dir, SummaryWriter(run_dir, purge_step=global_step + 1 if global_step else None)
+    return run_dir, SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -446,20 +450,22 @@ def evaluate(args: Args, run_dir: Path, device: torch.device) -> dict:
 
 
 def record_video(args: Args, policy, path: Path) -> None:
-    """Play the first evaluation episode once more and film it."""
-    from moviepy import ImageSequenceClip  # here, because it is slow to import
+    """Film one episode from the first evaluation seed. All its frames at once would fill the memory."""
+    from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter  # here, because it is slow to import
 
     envs = make_envs(args, 1, render_mode="rgb_array")
     obs, _ = envs.reset(seed=env_seeds(1, args.seed, 1, 0))
-    frames, ended = [envs.render()[0]], False
-    while not ended and len(frames) < MAX_EVAL_STEPS:
-        obs, _, terminated, truncated, _ = envs.step(policy(obs))
-        frames.append(envs.render()[0])
-        ended = terminated[0] or truncated[0]
+    frame, temporary = envs.render()[0], path.with_name("tmp-" + path.name)
+    size, fps = (frame.shape[1], frame.shape[0]), envs.metadata.get("render_fps", 30)
+    with FFMPEG_VideoWriter(str(temporary), size, fps) as film:
+        film.write_frame(frame)
+        ended, steps = False, 0
+        while not ended and steps < MAX_EVAL_STEPS:
+            obs, _, terminated, truncated, _ = envs.step(policy(obs))
+            film.write_frame(envs.render()[0])
+            ended, steps = terminated[0] or truncated[0], steps + 1
     envs.close()
-    clip = ImageSequenceClip(frames, fps=envs.metadata.get("render_fps", 30))
-    clip.write_videofile(str(path.with_name("tmp-" + path.name)), audio=False, logger=None)
-    os.replace(path.with_name("tmp-" + path.name), path)
+    os.replace(temporary, path)
 
 
 def train(args: Args) -> dict:
@@ -485,14 +491,17 @@ def train(args: Args) -> dict:
     target.load_state_dict(agent.state_dict())
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
     global_step, episodes, wall_time_s, recent_returns = 0, 0, 0.0, deque(maxlen=100)
-    learn_from = args.learning_starts
+    refill = 0  # steps that a resumed run still needs before its memory is as it was
     if args.resume:
         saved = load_checkpoint(Path(args.resume), agent=agent, target=target, optimizer=optimizer)
         global_step, episodes, wall_time_s = saved["global_step"], saved["episodes"], saved["wall_time_s"]
         recent_returns.extend(saved["recent_returns"])
         torch.set_rng_state(saved["rng_state"])
-        # The memory is too large for a checkpoint: the policy as it is fills it again before it learns on.
-        learn_from += global_step
+        # The memory is too large for a checkpoint: the policy as it is fills it again before the run goes on.
+        refill = min(global_step, args.learning_starts)
+        print(f"the replay memory is filled again: {refill:,} steps, not part of the budget", file=sys.stderr)
+    interrupted = []  # filled by Ctrl-C, so that the loop ends where everything can be saved
+    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     run_dir, writer = start_run(args, global_step)
 
     N, num_actions, everyone = args.num_envs, int(envs.single_action_space.n), np.arange(args.num_envs)
@@ -504,8 +513,6 @@ def train(args: Args) -> dict:
     # number from there would make Python wait.
     sums, logged_sums = torch.zeros(2, 3, dtype=torch.float64, device=device)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True)
-    interrupted = []  # filled by Ctrl-C, so that the loop ends where everything can be saved
-    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     saved_step, logged_step = -args.checkpoint_every, global_step
     started = time.perf_counter() - wall_time_s
     while True:
@@ -537,7 +544,11 @@ def train(args: Args) -> dict:
                 greedy = agent(torch.from_numpy(obs).to(device)).argmax(-1).cpu().numpy()  # (N, A) -> (N,)
             actions = np.where(explore, actions, greedy)  # (2)
         obs, rewards, terminated, truncated, info = envs.step(actions)
-        global_step += N
+        last_step = global_step
+        if refill > 0:
+            refill -= N
+        else:
+            global_step += N
 
         # [B] remember
         # [Trick 4] One step size fits games of all scores (the paper). Ablate: --no-clip-rewards
@@ -557,8 +568,8 @@ def train(args: Args) -> dict:
         memory.start(everyone[ended], obs[ended])
 
         # [C] learn
-        updates = range((global_step - N) // args.train_frequency, global_step // args.train_frequency)
-        for update in updates if global_step > learn_from else ():
+        updates = range(last_step // args.train_frequency, global_step // args.train_frequency)
+        for update in updates if global_step > args.learning_starts else ():
             batch = [torch.from_numpy(x) for x in memory.sample(args.batch_size)]
             if device.type == "cuda":  # from pinned memory the copy runs while Python goes on
                 batch = [x.pin_memory().to(device, non_blocking=True) for x in batch]

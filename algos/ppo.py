@@ -29,9 +29,8 @@ When has the clipped objective (6) a gradient? `min` takes the worse of two term
 It vanishes just where a step would lead on in a direction followed far enough; the way back stays open.
 
 Symbols: T num_steps, N num_envs, K update_epochs, B minibatch, D observation size, A actions (in formulas:
-advantage);
-s observation, a action, r reward, z logits, π policy, V value, γ gamma, λ gae_lambda, ε clip_coef,
-c_V vf_coef, c_H ent_coef.
+advantage); s observation, a action, r reward, z logits, π policy, V value, γ gamma, λ gae_lambda,
+ε clip_coef, c_V vf_coef, c_H ent_coef.
 Departures from the paper: the numbered tricks (each can be switched off), and after a time limit, which is no
 failure, (2) looks at the last observation before the reset.
 References: PPO https://arxiv.org/abs/1707.06347, advantages (GAE) https://arxiv.org/abs/1506.02438,
@@ -96,7 +95,7 @@ class Args:
     seed: int = 1  # the same seed gives the same numbers on the CPU
     cuda: bool = False  # off: a network this small is done on the CPU before a GPU has been asked
     eval_episodes: int = 100  # greedy episodes played after training
-    checkpoint_every: int = 20_000  # a killed run loses this many steps at most
+    checkpoint_every: int = 20_000  # steps that a killed run loses at most, or one rollout
     run_dir: str | None = None  # folder of the run; by default runs/ENV__ppo__seedS__TIME
     resume: str | None = None  # go on with the run in this folder
     evaluate: str | None = None  # evaluate the run in this folder, without training
@@ -123,13 +122,15 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
         near = ", ".join(difflib.get_close_matches(args.env_id, gym.registry, cutoff=0.5)) or "none"
         fail(f"cannot make the environment {args.env_id} (nearest known names: {near}): {error}")
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    if isinstance(obs_space, gym.spaces.Discrete):
+    parts = obs_space if isinstance(obs_space, gym.spaces.Tuple) else [obs_space]
+    if all(isinstance(part, gym.spaces.Discrete) for part in parts):
         fail(f"{args.env_id} has integer states, this script reads vectors: use q_learning.py")
     if isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) > 1:
         fail(f"{args.env_id} has images, this script reads vectors: dqn_atari.py plays Atari games")
     if isinstance(action_space, gym.spaces.Box):
         fail(f"{args.env_id} has continuous actions, this script has discrete ones: use a2c_continuous.py")
-    if not isinstance(obs_space, gym.spaces.Box) or not isinstance(action_space, gym.spaces.Discrete):
+    discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
+    if not isinstance(obs_space, gym.spaces.Box) or not discrete:
         fail(f"no script handles {args.env_id} with observations {obs_space} and actions {action_space}")
     return RecordEpisodeStatistics(envs)
 
@@ -272,7 +273,7 @@ def start_run(args: Args, global_step: int) -> tuple[Path, SummaryWriter]:
     """Make the run folder with args.json; open TensorBoard and, with --track, Weights & Biases."""
     name = f"{args.env_id}__{Path(__file__).stem}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.resume or args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
-    if not args.resume and (run_dir / "args.json").exists():
+    if not args.resume and any((run_dir / name).exists() for name in ("checkpoint.pt", "q_table.npz")):
         fail(f"{run_dir} holds a run already: --resume {run_dir} goes on with it")
     versions = {package: version(package) for package in ("torch", "gymnasium", "numpy")}
     saved = asdict(args) | {"resume": None, "evaluate": None, "versions": versions}
@@ -288,7 +289,7 @@ def start_run(args: Args, global_step: int) -> tuple[Path, SummaryWriter]:
         project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
         wandb.init(**names, **project, sync_tensorboard=True)
     # TensorBoard drops what a killed run logged beyond its last checkpoint, before those steps come again.
-    return run_dir, SummaryWriter(run_dir, purge_step=global_step + 1 if global_step else None)
+    return run_dir, SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -366,20 +367,22 @@ def evaluate(args: Args, run_dir: Path, device: torch.device) -> dict:
 
 
 def record_video(args: Args, policy, path: Path) -> None:
-    """Play the first evaluation episode once more and film it."""
-    from moviepy import ImageSequenceClip  # here, because it is slow to import
+    """Film one episode from the first evaluation seed. All its frames at once would fill the memory."""
+    from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter  # here, because it is slow to import
 
     envs = make_envs(args, 1, render_mode="rgb_array")
     obs, _ = envs.reset(seed=env_seeds(1, args.seed, 1, 0))
-    frames, ended = [envs.render()[0]], False
-    while not ended and len(frames) < MAX_EVAL_STEPS:
-        obs, _, terminated, truncated, _ = envs.step(policy(obs))
-        frames.append(envs.render()[0])
-        ended = terminated[0] or truncated[0]
+    frame, temporary = envs.render()[0], path.with_name("tmp-" + path.name)
+    size, fps = (frame.shape[1], frame.shape[0]), envs.metadata.get("render_fps", 30)
+    with FFMPEG_VideoWriter(str(temporary), size, fps) as film:
+        film.write_frame(frame)
+        ended, steps = False, 0
+        while not ended and steps < MAX_EVAL_STEPS:
+            obs, _, terminated, truncated, _ = envs.step(policy(obs))
+            film.write_frame(envs.render()[0])
+            ended, steps = terminated[0] or truncated[0], steps + 1
     envs.close()
-    clip = ImageSequenceClip(frames, fps=envs.metadata.get("render_fps", 30))
-    clip.write_videofile(str(path.with_name("tmp-" + path.name)), audio=False, logger=None)
-    os.replace(path.with_name("tmp-" + path.name), path)
+    os.replace(temporary, path)
 
 
 def train(args: Args) -> dict:
@@ -404,6 +407,8 @@ def train(args: Args) -> dict:
         global_step, episodes, wall_time_s = saved["global_step"], saved["episodes"], saved["wall_time_s"]
         recent_returns.extend(saved["recent_returns"])
         torch.set_rng_state(saved["rng_state"])
+    interrupted = []  # filled by Ctrl-C, so that the loop ends where everything can be saved
+    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     run_dir, writer = start_run(args, global_step)
 
     # Each row keeps the observation its step led to: the edges of episodes and rollouts are no special case.
@@ -414,8 +419,6 @@ def train(args: Args) -> dict:
     # Environments cannot be saved: a resumed run starts new episodes from new seeds.
     current_obs, _ = envs.reset(seed=env_seeds(N, args.seed, 0, global_step))
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True)
-    interrupted = []  # filled by Ctrl-C, so that the loop ends where everything can be saved
-    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     saved_step, started = -args.checkpoint_every, time.perf_counter() - wall_time_s
     while True:
         finished = global_step + args.batch_size > args.total_timesteps

@@ -109,7 +109,7 @@ class Args:
     seed: int = 1  # the same seed gives the same numbers
     eval_episodes: int = 100  # greedy episodes played after training
     eval_seeds: str | None = None  # their start seeds: 16,54,165; by default drawn, for Taxi the course's
-    checkpoint_every: int = 100_000  # a killed run loses this many steps at most
+    checkpoint_every: int = 100_000  # steps that a killed run loses at most, or one episode
     run_dir: str | None = None  # folder of the run; by default runs/ENV__q_learning__seedS__TIME
     resume: str | None = None  # go on with the run in this folder
     evaluate: str | None = None  # evaluate the run in this folder, without training
@@ -146,11 +146,12 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
         reason = f"{type(error).__name__} {error}"
         fail(f"cannot make the environment {args.env_id} (nearest known names: {near}): {reason}")
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    if isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) > 1:
+        fail(f"{args.env_id} has images, this script reads integers: dqn_atari.py plays Atari games")
     if isinstance(action_space, gym.spaces.Box):
         fail(f"{args.env_id} has continuous actions, this script has integers: use a2c_continuous.py")
     if isinstance(obs_space, gym.spaces.Box):
-        script = "dqn_atari.py" if len(obs_space.shape) > 1 else "ppo.py"
-        fail(f"{args.env_id} has observations {obs_space}, this script reads integers: use {script}")
+        fail(f"{args.env_id} has vectors, this script reads integers: use ppo.py")
     spaces = (obs_space, action_space)
     if not all(isinstance(space, gym.spaces.Discrete) and space.start == 0 for space in spaces):
         fail(f"no script handles {args.env_id} with observations {obs_space} and actions {action_space}")
@@ -163,7 +164,8 @@ def greedy_action(row, rng=None):
     """The best action. row: A values. Equally good ones are drawn with rng, without it the first one wins."""
     best = max(row)
     # [Trick 2] Before anything is learned all values of a state are 0. The first action each time would walk
-    # into the same wall for ever, in training and in evaluation. Ablate: --no-random-ties
+    # into the same wall again and again in training, in evaluation for ever (Sutton and Barto, section 2.4).
+    # Ablate: --no-random-ties
     if rng is None or row.count(best) == 1:
         return row.index(best)
     return rng.choice([action for action, value in enumerate(row) if value == best])
@@ -236,7 +238,7 @@ def start_run(args: Args, global_step: int) -> tuple[Path, event_file_writer.Eve
     """Make the run folder with args.json; open TensorBoard and, with --track, Weights & Biases."""
     name = f"{args.env_id}__{Path(__file__).stem}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.resume or args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
-    if not args.resume and (run_dir / "args.json").exists():
+    if not args.resume and any((run_dir / name).exists() for name in ("checkpoint.pt", "q_table.npz")):
         fail(f"{run_dir} holds a run already: --resume {run_dir} goes on with it")
     versions = {package: version(package) for package in ("gymnasium", "numpy")}
     saved = asdict(args) | {"resume": None, "evaluate": None, "versions": versions}
@@ -254,7 +256,7 @@ def start_run(args: Args, global_step: int) -> tuple[Path, event_file_writer.Eve
     # TensorBoard drops what a killed run logged beyond its last checkpoint, before those steps come again.
     # Called through its module, because Weights & Biases replaces the class there.
     writer = event_file_writer.EventFileWriter(str(run_dir))
-    if global_step:
+    if args.resume:
         start = SessionLog(status=SessionLog.START)
         writer.add_event(Event(wall_time=time.time(), step=global_step + 1, session_log=start))
     return run_dir, writer
@@ -344,20 +346,22 @@ def evaluate(args: Args, run_dir: Path) -> dict:
 
 
 def record_video(args: Args, policy, path: Path) -> None:
-    """Play the first evaluation episode once more and film it."""
-    from moviepy import ImageSequenceClip  # here, because it is slow to import
+    """Film one episode from the first evaluation seed. All its frames at once would fill the memory."""
+    from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter  # here, because it is slow to import
 
     envs = make_envs(args, 1, render_mode="rgb_array")
     obs, _ = envs.reset(seed=start_seeds(args, 1, 0))
-    frames, ended = [envs.render()[0]], False
-    while not ended and len(frames) < MAX_EVAL_STEPS:
-        obs, _, terminated, truncated, _ = envs.step(policy(obs))
-        frames.append(envs.render()[0])
-        ended = terminated[0] or truncated[0]
+    frame, temporary = envs.render()[0], path.with_name("tmp-" + path.name)
+    size, fps = (frame.shape[1], frame.shape[0]), envs.metadata.get("render_fps", 30)
+    with FFMPEG_VideoWriter(str(temporary), size, fps) as film:
+        film.write_frame(frame)
+        ended, steps = False, 0
+        while not ended and steps < MAX_EVAL_STEPS:
+            obs, _, terminated, truncated, _ = envs.step(policy(obs))
+            film.write_frame(envs.render()[0])
+            ended, steps = terminated[0] or truncated[0], steps + 1
     envs.close()
-    clip = ImageSequenceClip(frames, fps=envs.metadata.get("render_fps", 30))
-    clip.write_videofile(str(path.with_name("tmp-" + path.name)), audio=False, logger=None)
-    os.replace(path.with_name("tmp-" + path.name), path)
+    os.replace(temporary, path)
 
 
 def draw_policy(args: Args, run_dir: Path) -> None:
@@ -415,6 +419,8 @@ def train(args: Args) -> dict:
         recent_returns.extend(saved["recent_returns"])
         q_table, visits, curve = saved["q_table"], saved["visits"], saved["curve"]
         rng.setstate((3, tuple(saved["rng_state"]), None))
+    interrupted = []  # filled by Ctrl-C, so that the loop ends where everything can be saved
+    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     run_dir, writer = start_run(args, global_step)
 
     ties_rng = rng if args.random_ties else None
@@ -423,8 +429,6 @@ def train(args: Args) -> dict:
     # Environments cannot be saved: a resumed run goes on from new seeds.
     env.reset(seed=env_seeds(1, args.seed, 0, global_step)[0])
     bar = tqdm(total=args.total_episodes, initial=episodes, unit=" episodes", unit_scale=True)
-    interrupted = []  # filled by Ctrl-C, so that the loop ends where everything can be saved
-    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     saved_step, started = -args.checkpoint_every, time.perf_counter() - wall_time_s
     while True:
         finished = episodes >= args.total_episodes

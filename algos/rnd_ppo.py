@@ -28,8 +28,8 @@ Equations; up to (9) those of ppo.py, with (2), (3), (4) and (7) once for the ta
     (9)  L   = L_π + c_V (L_V^E + L_V^I) − c_H mean H + mean e
     (10) x   = clip((s − μ) / σ, −5, 5)                      running mean μ, deviation σ, by element
     (11) e_t = mean_k (f̂_k(x_{t+1}) − f_k(x_{t+1}))²         novelty: f is fixed, f̂ imitates it
-    (12) c_t = γ_I c_{t−1} + e_t                             what each environment gathered, discounted
-    (13) i_t = e_t / deviation(c)                            intrinsic reward: returns of one scale everywhere
+    (12) u_t = γ_I u_{t−1} + e_t                             what each environment gathered, discounted
+    (13) i_t = e_t / deviation(u)                            intrinsic reward: returns of one scale everywhere
     (14) A   = c_E A^E + c_I A^I
     (15) m_t = β m_{t−1} + (1−β) s_t                         memory, a fading average; m_0 = s_0
 
@@ -40,10 +40,11 @@ episode would cut curiosity off, and an agent would dread it more than the task 
 Symbols: T num_steps, N num_envs, K update_epochs, B minibatch, D observation size, A actions (in formulas:
 advantage), C = 2 memory and observation, or 4 frames; s observation, a action, r reward, z logits, π policy,
 V value, γ gamma, γ_I int_gamma, λ gae_lambda, ε clip_coef, c_V vf_coef, c_H ent_coef, c_E ext_coef,
-c_I int_coef, β memory; f target, f̂ predictor; E of the task, I intrinsic.
-Departures from the paper: vectors pass through small layers instead of convolutions, and the policy too sees
-them as in (10), with the memory (15) where the paper tries a recurrent network; separate networks for policy
-and values; after a time limit (2) looks at the last observation before the reset.
+c_I int_coef, β memory; x normalised observation, e novelty, u its discounted sum, i intrinsic reward,
+m memory; f target, f̂ predictor, k one of their outputs; E of the task, I intrinsic.
+Departures from the paper: vectors pass through small layers instead of convolutions, and policy and values
+too see them as in (10), with the memory (15) where the paper tries a recurrent network; separate networks for
+policy and values; after a time limit (2) looks at the last observation before the reset.
 For Pyramids γ is 0.99 and c_I 0.3, not 0.999 and 1, with which runs found the gold and lost it again.
 Evaluation samples its actions: the most likely ones alone may turn to and fro in a corner for ever (on
 Pyramids, with seed 1, in 4 of 100 episodes, and in none when sampling).
@@ -120,7 +121,7 @@ class Args:
     ortho_init: bool = True  # [Trick 1] orthogonal initial weights
     anneal_lr: bool = True  # [Trick 2] learning rate falls linearly to 0
     norm_adv: bool = True  # [Trick 3] advantages normalised within the minibatch
-    norm_obs: bool = True  # [Trick 4] the policy too sees vectors normalised
+    norm_obs: bool = True  # [Trick 4] policy and values too see vectors normalised
     max_grad_norm: float = 0.5  # [Trick 5] longest gradient that is followed; 0 for no limit
     predictor_share: float = 0.5  # [Trick 6] share of each minibatch that trains the predictor
     clip_rewards: bool = False  # [Trick 7] learn from the sign of the task's rewards
@@ -129,7 +130,7 @@ class Args:
     seed: int = 1  # the same seed gives the same numbers on the CPU
     cuda: bool = False  # off: a network this small is done on the CPU before a GPU has been asked
     eval_episodes: int = 100  # episodes played after training
-    checkpoint_every: int = 100_000  # a killed run loses this many steps at most
+    checkpoint_every: int = 100_000  # steps that a killed run loses at most, or one rollout
     run_dir: str | None = None  # folder of the run; by default runs/ENV__rnd_ppo__seedS__TIME
     resume: str | None = None  # go on with the run in this folder
     evaluate: str | None = None  # evaluate the run in this folder, without training
@@ -186,15 +187,19 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
             more = {"vector_kwargs": mode, "wrappers": wrappers, "render_mode": render_mode}
             envs = gym.make_vec(args.env_id, num_envs, "sync", **more)
     except (gym.error.Error, ImportError) as error:
-        near = ", ".join(difflib.get_close_matches(args.env_id, gym.registry, cutoff=0.5)) or "none"
+        names = [*gym.registry, "envs.pyramids:Pyramids-v0"]
+        near = ", ".join(difflib.get_close_matches(args.env_id, names, cutoff=0.5)) or "none"
         fail(f"cannot make the environment {args.env_id} (nearest known names: {near}): {error}")
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    if isinstance(obs_space, gym.spaces.Discrete):
+    parts = obs_space if isinstance(obs_space, gym.spaces.Tuple) else [obs_space]
+    if all(isinstance(part, gym.spaces.Discrete) for part in parts):
         fail(f"{args.env_id} has integer states, this script reads vectors: use q_learning.py")
+    if isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) > 1:
+        fail(f"{args.env_id} has images, this script reads vectors: dqn_atari.py plays Atari games")
     if isinstance(action_space, gym.spaces.Box):
         fail(f"{args.env_id} has continuous actions, this script has discrete ones: use a2c_continuous.py")
-    vectors = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
-    if not vectors or not isinstance(action_space, gym.spaces.Discrete):
+    discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
+    if not isinstance(obs_space, gym.spaces.Box) or not discrete:
         fail(f"no script handles {args.env_id} with observations {obs_space} and actions {action_space}")
     # [Trick 8] One look does not tell which way the agent was turning, or that a pyramid is falling; what
     # was seen before does (memory traces, https://proceedings.mlr.press/v267/eberhard25a.html).
@@ -219,11 +224,11 @@ class MemoryTrace(gym.vector.VectorWrapper):
 
     def step(self, actions: np.ndarray):
         obs, rewards, terminated, truncated, info = super().step(actions)
-        seen = obs.copy()
-        for n in np.flatnonzero(terminated | truncated):
+        seen, ended = obs.copy(), np.flatnonzero(terminated | truncated)
+        for n in ended:
             seen[n] = info["final_obs"][n]
         self.trace += (1 - self.decay) * (seen - self.trace)  # (15)
-        for n in np.flatnonzero(terminated | truncated):
+        for n in ended:
             info["final_obs"][n] = np.stack([self.trace[n], seen[n]])
             self.trace[n] = obs[n]  # nothing of the last episode is remembered
         return np.stack([self.trace, obs], axis=1), rewards, terminated, truncated, info
@@ -310,7 +315,7 @@ class Agent(nn.Module):
         return self.actor(obs), self.critic(obs)
 
     def newest(self, obs: torch.Tensor) -> torch.Tensor:
-        """The top of the stack, all that curiosity looks at: what is new about a motion shows in it soon.
+        """The last entry: the observation itself, without memory or older frames. Curiosity looks at no more.
 
         (B, C, D) -> (B, 1, D) or (B, C, 84, 84) -> (B, 1, 84, 84)."""
         return obs[:, -1:]
@@ -392,6 +397,11 @@ def policy_loss(log_probs, old_log_probs, advantages, clip_coef):
     return -torch.min(ratio * advantages, clipped * advantages).mean()  # (6)
 
 
+def value_loss(values, returns):
+    """Half the mean squared errors, equation (7). values, returns: (B, 2), task and novelty. Returns (2,)."""
+    return 0.5 * ((values - returns) ** 2).mean(0)  # (7)
+
+
 # What follows down to `train` keeps the promises about run folders. All but `load_policy` has one text in all
 # scripts that use PyTorch: a first reading may skip it.
 
@@ -438,7 +448,7 @@ def start_run(args: Args, global_step: int) -> tuple[Path, SummaryWriter]:
     """Make the run folder with args.json; open TensorBoard and, with --track, Weights & Biases."""
     name = f"{args.env_id}__{Path(__file__).stem}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.resume or args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
-    if not args.resume and (run_dir / "args.json").exists():
+    if not args.resume and any((run_dir / name).exists() for name in ("checkpoint.pt", "q_table.npz")):
         fail(f"{run_dir} holds a run already: --resume {run_dir} goes on with it")
     versions = {package: version(package) for package in ("torch", "gymnasium", "numpy")}
     saved = asdict(args) | {"resume": None, "evaluate": None, "versions": versions}
@@ -454,7 +464,7 @@ def start_run(args: Args, global_step: int) -> tuple[Path, SummaryWriter]:
         project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
         wandb.init(**names, **project, sync_tensorboard=True)
     # TensorBoard drops what a killed run logged beyond its last checkpoint, before those steps come again.
-    return run_dir, SummaryWriter(run_dir, purge_step=global_step + 1 if global_step else None)
+    return run_dir, SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -533,20 +543,22 @@ def evaluate(args: Args, run_dir: Path, device: torch.device) -> dict:
 
 
 def record_video(args: Args, policy, path: Path) -> None:
-    """Play the first evaluation episode once more and film it."""
-    from moviepy import ImageSequenceClip  # here, because it is slow to import
+    """Film one episode from the first evaluation seed. All its frames at once would fill the memory."""
+    from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter  # here, because it is slow to import
 
     envs = make_envs(args, 1, render_mode="rgb_array")
     obs, _ = envs.reset(seed=env_seeds(1, args.seed, 1, 0))
-    frames, ended = [envs.render()[0]], False
-    while not ended and len(frames) < MAX_EVAL_STEPS:
-        obs, _, terminated, truncated, _ = envs.step(policy(obs))
-        frames.append(envs.render()[0])
-        ended = terminated[0] or truncated[0]
+    frame, temporary = envs.render()[0], path.with_name("tmp-" + path.name)
+    size, fps = (frame.shape[1], frame.shape[0]), envs.metadata.get("render_fps", 30)
+    with FFMPEG_VideoWriter(str(temporary), size, fps) as film:
+        film.write_frame(frame)
+        ended, steps = False, 0
+        while not ended and steps < MAX_EVAL_STEPS:
+            obs, _, terminated, truncated, _ = envs.step(policy(obs))
+            film.write_frame(envs.render()[0])
+            ended, steps = terminated[0] or truncated[0], steps + 1
     envs.close()
-    clip = ImageSequenceClip(frames, fps=envs.metadata.get("render_fps", 30))
-    clip.write_videofile(str(path.with_name("tmp-" + path.name)), audio=False, logger=None)
-    os.replace(path.with_name("tmp-" + path.name), path)
+    os.replace(temporary, path)
 
 
 def train(args: Args) -> dict:
@@ -582,6 +594,8 @@ def train(args: Args) -> dict:
         recent_returns.extend(saved["recent_returns"])
         carry = np.resize(np.float32(saved["carry"]), N)
         torch.set_rng_state(saved["rng_state"])
+    interrupted = []  # filled by Ctrl-C, so that the loop ends where everything can be saved
+    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     run_dir, writer = start_run(args, global_step)
 
     # One row more than steps: where the last step leads to.
@@ -601,8 +615,6 @@ def train(args: Args) -> dict:
     # Environments cannot be saved: a resumed run starts new episodes from new seeds.
     current_obs, _ = envs.reset(seed=env_seeds(N, args.seed, 0, global_step))
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True)
-    interrupted = []  # filled by Ctrl-C, so that the loop ends where everything can be saved
-    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     saved_step, started = -args.checkpoint_every, time.perf_counter() - wall_time_s
     while True:
         finished = global_step + args.batch_size > args.total_timesteps
@@ -686,12 +698,12 @@ def train(args: Args) -> dict:
                 logits, new_values = agent(mb_obs)  # (B, A), (B, 2)
                 new_log_probs = log_prob(logits, mb_actions)  # (B,)
                 pg_loss = policy_loss(new_log_probs, mb_log_probs, mb_advantages, args.clip_coef)
-                v_loss, int_v_loss = 0.5 * ((new_values - mb_returns) ** 2).mean(0)  # (7)
+                v_loss, int_v_loss = value_loss(new_values, mb_returns)
                 loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy(logits)  # (9)
                 if args.int_coef:
                     # [Trick 6] What the predictor learns at once is not new any more when the policy comes
-                    # for it (the paper). The order is random: so are the first. Ablate: --predictor-share 1
-                    # The rest of (9):
+                    # for it (the paper). Rows are shuffled, so the first are a random share.
+                    # Ablate: --predictor-share 1. The rest of (9):
                     loss = loss + args.vf_coef * int_v_loss + agent.novelty(mb_next_obs[:distilled]).mean()
                 optimizer.zero_grad()
                 loss.backward()

@@ -57,11 +57,29 @@ class BrokenBoxEnv(BrokenEnv):
 
 
 class TupleEnv(CounterEnv):
-    """Observes a pair that no script can read."""
+    """Observes a pair of integers."""
 
     def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs)
         self.observation_space = gym.spaces.Tuple((gym.spaces.Discrete(2), gym.spaces.Discrete(3)))
+
+
+class DictEnv(CounterEnv):
+    """Observes a dictionary, which no script reads."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.observation_space = gym.spaces.Dict({"x": gym.spaces.Discrete(2)})
+
+
+class From1Env(CounterEnv):
+    """States and actions are counted from 1, or vectors observed and actions counted from 1."""
+
+    def __init__(self, vectors=False, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.action_space = gym.spaces.Discrete(2, start=1)
+        if not vectors:
+            self.observation_space = gym.spaces.Discrete(2, start=1)
 
 
 class ImageEnv(CounterEnv):
@@ -77,4 +95,7 @@ for ending in ("terminated", "truncated", "both", "neither"):
 gym.register("Broken-v0", entry_point="counter_env:BrokenEnv")
 gym.register("BrokenBox-v0", entry_point="counter_env:BrokenBoxEnv")
 gym.register("Tuple-v0", entry_point="counter_env:TupleEnv")
+gym.register("Dict-v0", entry_point="counter_env:DictEnv")
+gym.register("From1-v0", entry_point="counter_env:From1Env")
+gym.register("From1Box-v0", entry_point="counter_env:From1Env", kwargs={"vectors": True})
 gym.register("Image-v0", entry_point="counter_env:ImageEnv")

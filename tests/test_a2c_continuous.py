@@ -108,6 +108,34 @@ def test_gaussian_log_prob_and_entropy_are_those_of_torch():
     torch.testing.assert_close(a2c.gaussian_entropy(stds), normal.entropy().mean())
 
 
+def test_losses_by_hand():
+    log_probs, advantages = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([2.0, -1.0, 0.5])
+    assert a2c.policy_loss(log_probs, advantages).item() == pytest.approx((2 - 2 + 1.5) / 3)
+    assert a2c.value_loss(log_probs, advantages).item() == pytest.approx((9 + 1 + 3.5**2) / 3)
+
+
+def test_the_loss_is_the_sum_of_its_parts(tmp_path, monkeypatch):
+    """Equation (9), and each value beside its own return: (B, 1) against (B,) would compare all pairs."""
+    parts = []
+    for name in ("policy_loss", "value_loss", "gaussian_entropy"):
+        original = getattr(a2c, name)
+
+        def spy(*tensors, original=original, name=name):
+            assert len({tensor.shape for tensor in tensors}) == 1 and (
+                tensors[0].shape == (15,) or name == "gaussian_entropy"
+            )
+            parts.append((name, original(*tensors)))
+            return parts[-1][1]
+
+        monkeypatch.setattr(a2c, name, spy)
+    backward, losses = torch.Tensor.backward, []
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self: losses.append(self.item()) or backward(self))
+    a2c.train(make_args(tmp_path / "run", total_timesteps=15, vf_coef=0.3, ent_coef=0.2))
+    found = dict(parts)
+    want = found["policy_loss"] + 0.3 * found["value_loss"] - 0.2 * found["gaussian_entropy"]
+    assert losses == [pytest.approx(want.item(), rel=1e-5)]
+
+
 def test_plain_noise_has_one_deviation_everywhere():
     noise = Noise(5, 2, -1.0, use_sde=False)
     noise.log_std.data = torch.tensor([[-1.0, 0.5]])

@@ -59,6 +59,11 @@ def test_runs_with_other_flags_are_refused(here):
     assert learning.run(task, 1, here / "runs") == ""
     with pytest.raises(SystemExit, match="other flags"):
         learning.collect(Task("Lake", "q_learning", "--total-episodes 61", 1), here / "runs")
+    (here / "runs/Lake/seed1/results.json").unlink()  # begun, not finished
+    assert "other flags" in learning.run(
+        Task("Lake", "q_learning", "--total-episodes 61", 1), 1, here / "runs"
+    )
+    assert not (here / "runs/Lake/seed1/results.json").exists()
 
 
 def test_the_interval_holds_the_mean_and_shrinks_with_agreement():

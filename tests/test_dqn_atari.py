@@ -501,13 +501,17 @@ def test_acting_is_random_until_learning_starts(tiny, monkeypatch, tmp_path):
 
 
 def test_a_resumed_run_fills_its_memory_before_it_learns_on(tiny, monkeypatch, tmp_path):
-    updates = spy(monkeypatch, dqn_atari, "td_target")
+    added, real, updates = spy(monkeypatch, ReplayMemory, "add"), dqn_atari.td_target, []
+    monkeypatch.setattr(dqn_atari, "td_target", lambda *args: updates.append(len(added)) or real(*args))
     dqn_atari.train(small(tmp_path / "run"))
     assert len(updates) == 600 // 4 - 90 // 4
     updates.clear()
+    added.clear()
     result = dqn_atari.train(small(tmp_path / "run", resume=str(tmp_path / "run"), total_timesteps=900))
     assert result["global_step"] == 900
-    assert len(updates) == 900 // 4 - (600 + 90) // 4
+    # 30 steps of 3 environments fill the memory, none of them counts, and the ratio of updates stays.
+    assert len(added) == 30 + 300 // 3
+    assert len(updates) == 900 // 4 - 600 // 4 and updates[0] == 30 + 2
 
 
 @pytest.mark.parametrize(("checkpoint_every", "saved_step", "end_step"), [(300, 300, 600), (5000, 0, 1002)])

@@ -165,6 +165,28 @@ def test_the_first_ratio_is_one_and_parameters_move(tmp_path, monkeypatch):
         assert not torch.equal(parameter, fresh[name]), name
 
 
+def test_each_value_is_compared_with_its_own_return(tmp_path, monkeypatch):
+    """(B, 1) against (B,) would compare every value with every return, and learn nearly as well."""
+    shapes = []
+
+    def spy(values, old_values, returns, clip_coef):
+        shapes.append((values.shape, old_values.shape, returns.shape))
+        return value_loss(values, old_values, returns, clip_coef)
+
+    monkeypatch.setattr(ppo, "value_loss", spy)
+    ppo.train(
+        Args(
+            total_timesteps=80,
+            num_envs=4,
+            num_steps=10,
+            num_minibatches=2,
+            eval_episodes=1,
+            run_dir=str(tmp_path / "run"),
+        )
+    )
+    assert shapes and set(shapes) == {((20,),) * 3}
+
+
 def test_actions_follow_the_policy():
     torch.manual_seed(0)
     logits = torch.tensor([1.0, 0.0, -1.0])

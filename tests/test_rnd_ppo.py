@@ -1,5 +1,7 @@
 """RND-PPO: novelty, its filter and its statistics, the two kinds of endings, and curiosity against none."""
 
+import signal
+
 import ale_py
 import counter_env  # also registers the Counter environments
 import gymnasium as gym
@@ -257,6 +259,58 @@ def test_two_streams_by_hand():
     np.testing.assert_allclose(gae(rewards, zeros, zeros, never, never, 0.5, 0.5)[:, 0], [1.75, 3, 4])
 
 
+def test_value_loss_by_hand():
+    values, returns = (
+        torch.tensor([[1.0, 2.0], [3.0, 4.0], [0.0, 0.0]]),
+        torch.tensor([[0.0, 2.0], [3.0, 1.0], [2.0, 3.0]]),
+    )
+    torch.testing.assert_close(rnd_ppo.value_loss(values, returns), torch.tensor([5 / 6, 3.0]))
+
+
+def test_the_loss_is_the_sum_of_its_parts(tmp_path, monkeypatch):
+    """Equation (9): two values, two returns, the predictor's error on its share of the minibatch."""
+    parts = {}
+
+    def spy(owner, name):
+        original = getattr(owner, name)
+
+        def wrapper(*arguments):
+            parts[name] = (arguments, original(*arguments))
+            return parts[name][1]
+
+        monkeypatch.setattr(owner, name, wrapper)
+
+    for name in ("policy_loss", "value_loss", "entropy"):
+        spy(rnd_ppo, name)
+    spy(Agent, "novelty")
+    backward, losses = torch.Tensor.backward, []
+
+    def check(loss):
+        v_loss, int_v_loss = parts["value_loss"][1]
+        want = parts["policy_loss"][1] + 0.7 * (v_loss + int_v_loss) - 0.2 * parts["entropy"][1]
+        losses.append((loss.item(), (want + parts["novelty"][1].mean()).item()))
+        assert [x.shape for x in parts["value_loss"][0]] == [(16, 2)] * 2
+        assert len(parts["novelty"][1]) == 8
+        backward(loss)
+
+    monkeypatch.setattr(torch.Tensor, "backward", check)
+    flags = SMALL | {"vf_coef": 0.7, "ent_coef": 0.2, "total_timesteps": 32}
+    rnd_ppo.train(Args(**flags, run_dir=str(tmp_path / "run")))
+    assert losses
+    for loss, want in losses:
+        assert loss == pytest.approx(want, rel=1e-5)
+
+
+def test_ctrl_c_before_the_first_step_saves(tmp_path, monkeypatch):
+    update = rnd_ppo.RunningNorm.update
+    monkeypatch.setattr(
+        rnd_ppo.RunningNorm, "update", lambda *batch: signal.raise_signal(signal.SIGINT) or update(*batch)
+    )
+    with pytest.raises(SystemExit) as stopped:
+        rnd_ppo.train(Args(**SMALL, run_dir=str(tmp_path / "run")))
+    assert stopped.value.code == 130 and checkpoint(tmp_path / "run")["global_step"] == 0
+
+
 def checkpoint(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
@@ -403,7 +457,8 @@ def test_atari_episodes_end_as_the_others_do():
         ("Pyramid-v0", "nearest known names"),
         ("FrozenLake-v1", "q_learning.py"),
         ("Pendulum-v1", "a2c_continuous.py"),
-        ("Tuple-v0", "no script"),
+        ("Tuple-v0", "q_learning.py"),
+        ("Dict-v0", "no script"),
         ("MiniGrid-DoorKey-9x9-v0", "MiniGrid-DoorKey-8x8-v0"),
     ],
 )

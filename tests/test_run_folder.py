@@ -37,13 +37,21 @@ class Case:
         return [self.budget, str(self.small), *self.flags]
 
 
-OTHERS = {"FrozenLake-v1": "q_learning.py", "Image-v0": "dqn_atari.py", "Tuple-v0": "no script"}
+OTHERS = {"FrozenLake-v1": "q_learning.py", "Image-v0": "dqn_atari.py", "Tuple-v0": "q_learning.py"}
+OTHERS |= {"CarRacing-v3": "dqn_atari.py", "Dict-v0": "no script"}
 CASES = {
     "q_learning": Case(
         budget="--total-episodes",
         small=1000,
         flags=["--eval-episodes", "5", "--checkpoint-every", "1000"],
-        refused={"Pendulum-v1": "a2c_continuous.py", "CartPole-v1": "ppo.py", "Image-v0": "dqn_atari.py"},
+        refused={
+            "Pendulum-v1": "a2c_continuous.py",
+            "CartPole-v1": "ppo.py",
+            "Image-v0": "dqn_atari.py",
+            "CarRacing-v3": "dqn_atari.py",
+            "Dict-v0": "no script",
+            "From1-v0": "no script",
+        },
         bad_flags=[
             ["--total-episodes", "0"],
             ["--learning-rate", "2"],
@@ -62,7 +70,7 @@ CASES = {
         budget="--total-episodes",
         small=80,
         flags=["--num-envs", "4", "--eval-episodes", "5", "--checkpoint-every", "8"],
-        refused={"Pendulum-v1": "a2c_continuous.py", **OTHERS},
+        refused={"Pendulum-v1": "a2c_continuous.py", "From1Box-v0": "no script", **OTHERS},
         bad_flags=[
             ["--total-episodes", "3"],
             ["--num-envs", "1"],
@@ -85,7 +93,13 @@ CASES = {
             "CartPole-v1": "ppo.py",
             "Pendulum-v1": "a2c_continuous.py",
             "FrozenLake-v1": "q_learning.py",
-            "Tuple-v0": "no script",
+            "Tuple-v0": "q_learning.py",
+            "Blackjack-v1": "q_learning.py",
+            "tabular/Blackjack-v0": "tabular/Blackjack-v0",
+            "phys2d/CartPole-v1": "phys2d/CartPole-v1",
+            "ALE/Pongg-v5": "ALE/Pong-v5",
+            "Pong-v7": "Pong-v",
+            "Dict-v0": "no script",
         },
         bad_flags=[
             ["--num-envs", "0"],
@@ -115,7 +129,7 @@ CASES = {
         budget="--total-timesteps",
         small=4096,
         flags=["--num-envs", "4", "--num-steps", "64", "--eval-episodes", "5", "--checkpoint-every", "512"],
-        refused={"Pendulum-v1": "a2c_continuous.py", **OTHERS},
+        refused={"Pendulum-v1": "a2c_continuous.py", "From1Box-v0": "no script", **OTHERS},
         bad_flags=[
             ["--num-minibatches", "3"],
             ["--num-minibatches", "256"],
@@ -134,8 +148,10 @@ CASES = {
         ],
         refused={
             "Pendulum-v1": "a2c_continuous.py",
-            "FrozenLake-v1": "q_learning.py",
-            "Tuple-v0": "no script",
+            "PongNoFrameskip-v4": "dqn_atari.py",
+            "Pyramids-v0": "envs.pyramids:Pyramids-v0",
+            "From1Box-v0": "no script",
+            **OTHERS,
         },
         bad_flags=[
             ["--num-minibatches", "3"],
@@ -376,6 +392,41 @@ def test_bad_input_is_one_line_and_exit_code_2(name, tmp_path, monkeypatch, capf
     refused("--evaluate", tmp_path / "run")
     (tmp_path / "run" / "args.json").write_text("{")
     refused("--evaluate", tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_that_was_killed_before_its_first_checkpoint_can_be_begun_anew(
+    name, tmp_path, monkeypatch, capfd
+):
+    module = importlib.import_module(name)
+    args = module.Args(run_dir=str(tmp_path / "run"))
+    module.start_run(args, 0)[1].close()
+    module.start_run(args, 0)[1].close()
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["seed"] == args.seed
+    for checkpoint in ("checkpoint.pt", "q_table.npz"):  # also that of another script
+        (tmp_path / "run" / checkpoint).touch()
+        with pytest.raises(SystemExit):
+            module.start_run(args, 0)
+        (tmp_path / "run" / checkpoint).unlink()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("saved_step", [0, 7])
+def test_a_resumed_run_takes_back_the_points_beyond_its_checkpoint(name, saved_step, tmp_path):
+    module = importlib.import_module(name)
+
+    def log(steps, writer) -> None:
+        for step in steps:
+            if name == "q_learning":
+                module.add_scalars(writer, step, {"charts/x": step})
+            else:
+                writer.add_scalar("charts/x", step, step)
+        writer.close()
+
+    log((5, 10, 15), module.start_run(module.Args(run_dir=str(tmp_path / "run")), 0)[1])
+    log((10, 20), module.start_run(module.Args(resume=str(tmp_path / "run")), saved_step)[1])
+    steps = [step for step, _ in scalars(tmp_path / "run")["charts/x"]]
+    assert steps == ([5] if saved_step else []) + [10, 20]
 
 
 def bomb_file(case: Case, bomb) -> bytes:

@@ -257,9 +257,8 @@ class PyramidsVectorEnv(VectorEnv):
         self.timer = np.zeros(num_envs, dtype=int)  # steps until the brick pyramid is solid, or has toppled
         self.pushes = np.zeros(num_envs, dtype=int)
         self.decisions = np.zeros(num_envs, dtype=int)
-        self.ended = np.zeros(
-            num_envs, dtype=bool
-        )  # the previous step ended the episode, and no reset followed
+        # whether the previous step ended the episode, and no reset followed
+        self.ended = np.zeros(num_envs, dtype=bool)
 
     @property
     def np_random(self):
@@ -280,7 +279,7 @@ class PyramidsVectorEnv(VectorEnv):
         Raises:
             ValueError: if the number of seeds or the mask's shape is not N.
         """
-        seeds = [seed] * self.num_envs if seed is None else seed
+        seeds = [None] * self.num_envs if seed is None else seed
         if np.ndim(seeds) == 0:
             seeds = [int(seed) + i for i in range(self.num_envs)]
         mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool)))
@@ -359,11 +358,7 @@ class PyramidsVectorEnv(VectorEnv):
         rng = self.rngs[i]
         areas = AREA_CENTRES[rng.permutation(9)]
         spots = (areas + rng.uniform(-SPAWN_RANGE, SPAWN_RANGE, areas.shape)).T  # (2, 9)
-        self.position[:, i], self.centres[:, SWITCH, i], self.brick_spot[:, i] = (
-            spots[:, 0],
-            spots[:, 1],
-            spots[:, 2],
-        )
+        self.position[:, i], self.centres[:, SWITCH, i], self.brick_spot[:, i] = spots[:, :3].T
         self.centres[:, STONES, i] = spots[:, 3:]
         self.centres[:, [BRICK, GOLD], i] = NOWHERE
         self.heading[i] = rng.integers(360)
