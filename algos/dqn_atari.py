@@ -36,8 +36,8 @@ New here: a network in place of the table, the replay memory, the fixed target.
 Run: python algos/dqn_atari.py --env-id ALE/SpaceInvaders-v5
      python algos/dqn_atari.py --env-id ALE/Pong-v5 --ortho-init --total-timesteps 800000 \\
          --learning-starts 10000 --learning-rate 2e-4
-Expect: in Space Invaders a score of 707.5 or 608.0 (seeds 1, 2) after 1,000,000 steps, 65 minutes on one core
-of a CPU; random play has 150. In Pong 19.9 of at most 21 (seed 1) after 53 minutes; random play −20.
+Expect: in Space Invaders a score of 707.5, 608.0 or 697.5 (seeds 1, 2, 3) after a million steps, 65 minutes
+on one core of a CPU; random play has 150. In Pong 19.9 (seed 1) of at most 21 after 53 minutes.
 """
 
 import difflib
@@ -188,7 +188,7 @@ class Agent(nn.Module):
             # [Trick 7] One scale from layer to layer, as in ppo.py, and values that start at 0. With smaller
             # weights, PyTorch's own, the ball on Pong's bright ground fades from layer to layer; before it is
             # seen, learning from lost points kills the units. Off: Space Invaders, on dark ground, ended at
-            # 274.5 with it (seed 1), at 707.5 and 608.0 without (seeds 1, 2). Try: --ortho-init
+            # 274.5 with it (seed 1 only), at 608.0 to 707.5 without. Try: --ortho-init
             for layer in (self.first, *self.rest, self.head):
                 if isinstance(layer, nn.Linear | nn.Conv2d):
                     nn.init.orthogonal_(layer.weight, 0.01 if layer is self.head else 2**0.5)

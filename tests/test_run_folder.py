@@ -258,6 +258,17 @@ def test_a_run_leaves_its_folder(finished_run):
     assert "return" in err, "the progress bar shows the mean return"
 
 
+def test_a_film_shows_every_step_of_an_episode(tmp_path):
+    import imageio_ffmpeg
+    import ppo
+
+    calls = []
+    ppo.record_video(ppo.Args(), lambda obs: calls.append(obs) or [0], tmp_path / "replay.mp4")
+    frames, _ = imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "replay.mp4"))
+    assert frames == len(calls) + 1 > 8
+    assert [path.name for path in tmp_path.iterdir()] == ["replay.mp4"]
+
+
 def test_evaluate_reproduces_the_score_and_changes_nothing(finished_run):
     name, run_dir, out, _ = finished_run
     before = {path.name: (path.stat().st_mtime_ns, path.stat().st_size) for path in run_dir.iterdir()}
@@ -367,7 +378,8 @@ def test_bad_input_is_one_line_and_exit_code_2(name, tmp_path, monkeypatch, capf
     assert "CartPole-v1" in refused("--env-id", "CartPol-v1", *new)
     assert "no_such_module" in refused("--env-id", "no_such_module:Thing-v0", *new)
     for env_id, serves in case.refused.items():
-        assert serves in refused("--env-id", env_id, *new)
+        # With a small budget: if it were not refused, it would be trained.
+        assert serves in refused(*case.command, "--env-id", env_id, *new)
     for flags in case.bad_flags:
         refused(*case.command, *flags, *new)
     refused("--evaluate", tmp_path / "nothing")

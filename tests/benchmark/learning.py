@@ -76,6 +76,8 @@ ATARI_PONG = (
 )
 PENDULUM = "--env-id Pendulum-v1 --total-timesteps 1000000 --num-envs 8 --gamma 0.9 --learning-rate 7e-4"
 MULTIROOM = "--env-id MiniGrid-MultiRoom-N4-S5-v0 --total-timesteps 2000000"
+DOORKEY_5X5 = "--env-id MiniGrid-DoorKey-5x5-v0 --total-timesteps 100000"
+KEY_CORRIDOR = "--env-id MiniGrid-KeyCorridorS3R1-v0 --total-timesteps 500000"
 DOORKEY = "--env-id MiniGrid-DoorKey-8x8-v0 --total-timesteps 1000000"
 LANDER = (
     "--env-id LunarLander-v3 --total-timesteps 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256 "
@@ -153,6 +155,8 @@ TASKS = [
     Task("Pyramids memoryless", "rnd_ppo", "--memory 0", 3, 1.75, "", "Pyramids", "--memory 0"),
     Task("Pyramids without", "rnd_ppo", "--int-coef 0", 3, 1.75, "", "Pyramids", "--int-coef 0"),
     Task("DoorKey", "rnd_ppo", DOORKEY, 3, 0.9, "a solved task"),
+    Task("DoorKey 5x5", "rnd_ppo", DOORKEY_5X5, 3, 0.964, "RL Zoo: PPO"),
+    Task("KeyCorridor", "rnd_ppo", KEY_CORRIDOR, 3, 0.949, "RL Zoo: PPO"),
     Task("MultiRoom", "rnd_ppo", MULTIROOM, 3, 0, "RL Zoo: PPO after 10M"),
     *(
         Task(f"ablation PPO {flag}", "ppo", flag, 3, None, "", "ppo_ablation", flag or "all tricks", False)
