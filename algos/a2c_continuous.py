@@ -43,11 +43,11 @@ Read first: reinforce.py (the policy gradient).
 New here: the critic, the advantage, continuous actions, observations normalised by running statistics.
 Lacking beside ppo.py: nothing keeps a step from going too far, so each batch serves once and steps are small.
 Run: python algos/a2c_continuous.py
-Expect: a return of 2,280, 2,399 or 2,499 (seeds 1, 2, 3) after 2M steps, 2,000 a second if nothing else runs.
-MuJoCo's cheetah, at 10,000 a second, wants other settings; it came to 4,419, 5,192 and 1,662 after 1M steps:
+Expect: a return of 2,279, 2,398 or 2,499 (seeds 1, 2, 3) after 2M steps, 2,000 a second if nothing else runs.
+MuJoCo's cheetah, at 10,000 a second, wants other settings; it came to 4,418, 5,192 and 1,662 after 1M steps:
     python algos/a2c_continuous.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --no-use-sde \\
         --log-std-init -1 --gae-lambda 0.95 --no-use-rms-prop --learning-rate 3e-4
-The same flags serve HalfCheetahBulletEnv-v0; with the ant's, seed 1 ended at 568 there.
+The same flags serve HalfCheetahBulletEnv-v0; with the ant's, seed 1 ended at 567 there.
 """
 
 import difflib

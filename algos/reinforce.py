@@ -56,7 +56,7 @@ Read first: q_learning.py (states, actions, returns).
 New here: a network is the policy, and its gradient is estimated from samples.
 Run: python algos/reinforce.py
 Expect: CartPole 500, the maximum, in 7 seconds (265,000 steps). With the flags that README shows, Pixelcopter
-473, 312 and 499 (seeds 1, 2, 3) in 4 to 5 minutes, and PLE's Pong 1.12, 1.29 and 1.37 in 2 to 3 minutes:
+473, 311 and 498 (seeds 1, 2, 3) in 4 to 5 minutes, and PLE's Pong 1.12, 1.29 and 1.37 in 2 to 3 minutes:
 points ahead when the time limit ends the match.
 """
 

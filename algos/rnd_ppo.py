@@ -62,7 +62,7 @@ The paper's own game is days of work for a GPU:
          --ent-coef 0.001 --predictor-share 0.25 --total-timesteps 500000000 --cuda
 Expect: on Pyramids a return of 1.79, 1.82 or 1.81 (seeds 1, 2, 3) after 3 million steps and about 6 minutes.
 Never to find gold gives −1, Unity's benchmark is 1.75. DoorKey-8x8 ends at 0.97 after a million steps,
-MultiRoom-N4-S5 after two million at 0.74, 0.70 and 0.61.
+MultiRoom-N4-S5 after two million at 0.73, 0.70 and 0.60.
 """
 
 import difflib
