@@ -70,7 +70,12 @@ CASES = {
         budget="--total-episodes",
         small=80,
         flags=["--num-envs", "4", "--eval-episodes", "5", "--checkpoint-every", "8"],
-        refused={"Pendulum-v1": "a2c_continuous.py", "From1Box-v0": "no script", **OTHERS},
+        refused={
+            "Pendulum-v1": "a2c_continuous.py",
+            "From1Box-v0": "no script",
+            "pixelcopter:Pixelcopter-v0": "envs.pixelcopter:Pixelcopter-v0",
+            **OTHERS,
+        },
         bad_flags=[
             ["--total-episodes", "3"],
             ["--num-envs", "1"],
@@ -149,7 +154,7 @@ CASES = {
         refused={
             "Pendulum-v1": "a2c_continuous.py",
             "PongNoFrameskip-v4": "dqn_atari.py",
-            "Pyramids-v0": "envs.pyramids:Pyramids-v0",
+            "pyramids:Pyramids-v0": "envs.pyramids:Pyramids-v0",
             "From1Box-v0": "no script",
             **OTHERS,
         },
