@@ -1,45 +1,54 @@
-"""Proximal Policy Optimisation (PPO): many small, safe policy steps from one batch of fresh experience.
+"""Proximal Policy Optimisation (PPO): several safe steps of the policy from one batch of fresh experience.
 
-The policy gradient knows in which direction good actions become likelier, but only near the policy that
-gathered the data. PPO goes over each batch several times and clips the objective, so that nothing is gained
-by going far.
+A policy gradient can be trusted only near the policy that collected the data. PPO goes over each batch many
+times, and it clips the objective: a policy that has moved far gains nothing by moving further.
 
 Pseudo-code
     repeat until the budget is spent:
-        [A] collect   T steps in each of N environments with the current policy
-        [B] estimate  how much better than expected each action was: the advantages
-        [C] improve   policy and value network, K epochs of minibatches
-        [D] log       charts, progress bar
+        [A] collect   a rollout: T steps in each of N environments with the current policy
+        [B] estimate  how much better than expected each action was: its advantage
+        [C] improve   policy and value network, K epochs: passes over the rollout in shuffled minibatches
+        [D] log       charts, progress bar; the episodic return is the plain sum of an episode's rewards
 
 Equations
-    (1)  a   = argmax_i (z_i + g_i),  g_i ~ Gumbel(0, 1)     is a sample of π = softmax(z)
+    (1)  a   ~ π(·|s) = softmax(z)                           z: the outputs of the policy network, the logits
     (2)  δ_t = r_t + γ V(s_{t+1}) − V(s_t)                   V(s_{t+1}) counts as 0 after a termination
     (3)  A_t = δ_t + γλ A_{t+1}                              A_{t+1} is 0 beyond episode and rollout
-    (4)  R_t = A_t + V(s_t)                                  what the value network should have said
-    (5)  ρ   = π(a|s) / π_old(a|s)                           how much likelier the action is; 1 at first
+    (4)  R_t = A_t + V(s_t)                                  estimate of the discounted return Σ_k γ^k r_{t+k}
+    (5)  ρ   = π(a|s) / π_old(a|s)                           π_old, the old policy, collected the rollout
     (6)  L_π = −mean min(ρ A, clip(ρ, 1−ε, 1+ε) A)
     (7)  L_V = ½ mean (V(s) − R)²
-    (8)  H   = −Σ_a π(a|s) ln π(a|s)
+    (8)  H   = −Σ_a π(a|s) ln π(a|s)                         entropy: how open the choice is; ln: in nats
     (9)  L   = L_π + c_V L_V − c_H mean H
 
-When has the clipped objective (6) a gradient? `min` takes the worse of two terms, and only the first has one.
-             ρ < 1−ε                            inside    ρ > 1+ε
-    A > 0    yes: a good action became rare     yes       no: already likelier, enough is enough
-    A < 0    no: already rarer, enough          yes       yes: a bad action became likely
-It vanishes just where a step would lead on in a direction followed far enough; the way back stays open.
+Where (6) comes from. A policy gradient ascends L^PG = mean A ln π(a|s). Since ∇ρ = ρ ∇ln π, and ρ = 1 before
+the first step, mean ρ A has the same gradient there: it is L^PG as a ratio. Further away it still estimates,
+from data of π_old, how good π is, but ever worse. TRPO, PPO's parent, maximises mean ρ A under a constraint:
+KL(π_old ‖ π) = mean −ln ρ, how far the policies are apart, stays below a limit. That takes second
+derivatives. PPO clips ρ instead, and plain gradient steps will do.
 
-Symbols: T num_steps, N num_envs, K update_epochs, B minibatch, D observation size, A actions (in formulas:
-advantage); s observation, a action, r reward, z logits, π policy, V value, γ gamma, λ gae_lambda,
-ε clip_coef, c_V vf_coef, c_H ent_coef.
+When has (6) a gradient? Outside 1−ε … 1+ε the clipped term is constant. Where `min` takes it, the gradient is
+0: nothing is gained by going on. The way back stays open (a picture: tests/benchmark/figures/ppo_clip.png).
+             ρ < 1−ε                            inside    ρ > 1+ε
+    A > 0    yes: a good action became rarer    yes       no: it is likelier already, that is enough
+    A < 0    no: it is rarer already, enough    yes       yes: a bad action became likelier
+
+Symbols
+    s, a, r   observation, action, reward          T, N      num_steps, num_envs
+    π, z      policy, its logits                   K, ε, B   update_epochs, clip_coef, size of a minibatch
+    V         value: expected discounted return    D, |A|    size of an observation, number of actions
+    δ, A, R   TD error, advantage, target of V     γ, λ      gamma, gae_lambda; c_V, c_H: vf_coef, ent_coef
 Departures from the paper: the numbered tricks (each can be switched off), and after a time limit, which is no
 failure, (2) looks at the last observation before the reset.
-References: PPO https://arxiv.org/abs/1707.06347, advantages (GAE) https://arxiv.org/abs/1506.02438,
-which details matter https://arxiv.org/abs/2006.05990, time limits https://arxiv.org/abs/1712.00378
+References: PPO https://arxiv.org/abs/1707.06347, TRPO https://arxiv.org/abs/1502.05477, time limits
+https://arxiv.org/abs/1712.00378, which details matter https://arxiv.org/abs/2006.05990
 
 Read first: reinforce.py (the policy gradient), a2c_continuous.py (the critic and the advantage).
 New here: several epochs on the same batch, made safe by the clipped ratio.
 Run: python algos/ppo.py --env-id CartPole-v1
-Expect: a return of 500, the maximum, after 75,000 steps and about 6 seconds.
+Expect: 500, the largest episodic return, when greedy (always the likeliest action), after 75,000 steps and
+about 6 seconds. Why 16 environments? Once all episodes reach 500, no action is better than another, but with
+[Trick 3] the noise in A still moves the policy as far as ever. With 8, one run in 11 drifted off the track.
 """
 
 import difflib
@@ -49,11 +58,13 @@ import os
 import signal
 import sys
 import time
+import zipfile
 from collections import deque
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
 import gymnasium as gym
 import numpy as np
@@ -65,22 +76,20 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-MAX_EVAL_STEPS = 30_000  # longest evaluation episode
-
 
 @dataclass(frozen=True)
 class Args:
     # environment
     env_id: str = "CartPole-v1"  # vector observations, discrete actions; module:id imports the module first
-    num_envs: int = 8  # N, environments stepped together
+    num_envs: int = 16  # N, environments stepped together
     # algorithm
     total_timesteps: int = 75_000  # budget: steps of all environments together
-    target_return: float | None = None  # stop once the mean of the last 100 training episodes reaches this
+    target_return: float | None = None  # stop once 100 training episodes in a row have this mean
     learning_rate: float = 1e-3  # Adam's step size
     num_steps: int = 128  # T, steps of each environment per rollout
     gamma: float = 0.98  # γ, what a reward one step later is worth
     gae_lambda: float = 0.9  # λ, 0 trusts the value network, 1 trusts the sampled rewards
-    num_minibatches: int = 4  # minibatches per epoch
+    num_minibatches: int = 8  # minibatches per epoch
     update_epochs: int = 8  # K, epochs per rollout
     clip_coef: float = 0.2  # ε, how far the ratio may move
     ent_coef: float = 0.0  # c_H, bonus for a policy that keeps its choices open
@@ -91,13 +100,14 @@ class Args:
     clip_vloss: bool = False  # [Trick 4] value clipped like the ratio
     max_grad_norm: float = 0.5  # [Trick 5] longest gradient that is followed; 0 for no limit
     target_kl: float | None = None  # [Trick 6] end the epochs once the policy has moved this far, in nats
+    gumbel: bool = True  # [Trick 7] actions drawn with Gumbel noise, made once a rollout
     # run
     seed: int = 1  # the same seed gives the same numbers on the CPU
-    cuda: bool = False  # off: a network this small is done on the CPU before a GPU has been asked
+    cuda: bool = False  # use the GPU; off, because the CPU is faster for a network this small
     eval_episodes: int = 100  # greedy episodes played after training
-    checkpoint_every: int = 20_000  # steps that a killed run loses at most, or one rollout
+    checkpoint_every: int = 20_000  # save at least every this many steps, or every rollout
     run_dir: str | None = None  # folder of the run; by default runs/ENV__ppo__seedS__TIME
-    resume: str | None = None  # go on with the run in this folder
+    resume: str | None = None  # go on with the run in this folder; schedules follow the budget given now
     evaluate: str | None = None  # evaluate the run in this folder, without training
     capture_video: bool = False  # record one evaluation episode as replay.mp4
     track: bool = False  # mirror the charts to Weights & Biases
@@ -113,25 +123,11 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     """N environments, stepped in turn in this process: for cheap physics faster than processes.
 
     SAME_STEP: what ends is reset at once, and info["final_obs"] keeps the observation before the reset.
-    Exit code 2 for an unknown environment and for spaces that this script cannot handle.
     """
-    mode = {"autoreset_mode": AutoresetMode.SAME_STEP}
-    try:
-        envs = gym.make_vec(args.env_id, num_envs, "sync", vector_kwargs=mode, render_mode=render_mode)
-    except (gym.error.Error, ImportError) as error:
-        near = ", ".join(difflib.get_close_matches(args.env_id, gym.registry, cutoff=0.5)) or "none"
-        fail(f"cannot make the environment {args.env_id} (nearest known names: {near}): {error}")
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    parts = obs_space if isinstance(obs_space, gym.spaces.Tuple) else [obs_space]
-    if all(isinstance(part, gym.spaces.Discrete) for part in parts):
-        fail(f"{args.env_id} has integer states, this script reads vectors: use q_learning.py")
-    if isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) > 1:
-        fail(f"{args.env_id} has images, this script reads vectors: dqn_atari.py plays Atari games")
-    if isinstance(action_space, gym.spaces.Box):
-        fail(f"{args.env_id} has continuous actions, this script has discrete ones: use a2c_continuous.py")
-    discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
-    if not isinstance(obs_space, gym.spaces.Box) or not discrete:
-        fail(f"no script handles {args.env_id} with observations {obs_space} and actions {action_space}")
+    # Not for a film: its last picture is drawn after the last step, and must not be that of the next episode.
+    mode = AutoresetMode.SAME_STEP if render_mode is None else AutoresetMode.NEXT_STEP
+    options = {"autoreset_mode": mode}
+    envs = gym.make_vec(args.env_id, num_envs, "sync", vector_kwargs=options, render_mode=render_mode)
     return RecordEpisodeStatistics(envs)
 
 
@@ -152,14 +148,8 @@ class Agent(nn.Module):
             return nn.Sequential(*layers)
 
         # A tiny last layer makes the first policy nearly uniform: random logits must not steer exploration.
-        self.actor = mlp(num_actions, last_gain=0.01)  # (B, D) -> (B, A) logits
+        self.actor = mlp(num_actions, last_gain=0.01)  # (B, D) -> (B, |A|) logits
         self.critic = mlp(1, last_gain=1.0)  # (B, D) -> (B, 1) values
-
-
-def make_agent(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> Agent:
-    """An untrained agent for these environments."""
-    obs_dim, num_actions = envs.single_observation_space.shape[0], int(envs.single_action_space.n)
-    return Agent(obs_dim, num_actions, args.ortho_init).to(device)
 
 
 def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
@@ -175,7 +165,8 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
     advantages = np.zeros_like(rewards)
     following = np.zeros_like(rewards[0])  # A_{t+1}, (N,)
     for t in reversed(range(len(rewards))):
-        advantages[t] = following = deltas[t] + decay[t] * following  # (3)
+        following = deltas[t] + decay[t] * following  # (3)
+        advantages[t] = following
     return advantages
 
 
@@ -184,18 +175,13 @@ def gumbel_noise(*shape):
     return -torch.empty(shape).exponential_().log()
 
 
-def sample(logits, gumbel):
-    """Draw from softmax(logits), equation (1). logits, gumbel: (N, A). Returns actions (N,)."""
-    return (logits + gumbel).argmax(-1)  # (1)
-
-
 def log_prob(logits, actions):
-    """ln π(a|s) of the actions taken. logits: (B, A), actions: (B,) integers. Returns (B,)."""
+    """ln π(a|s) of the actions taken. logits: (B, |A|), actions: (B,) integers. Returns (B,)."""
     return logits.log_softmax(-1).gather(-1, actions[:, None]).squeeze(-1)
 
 
 def entropy(logits):
-    """Mean entropy of softmax policies in nats, equation (8). logits: (B, A). Returns a scalar."""
+    """Mean entropy of softmax policies in nats, equation (8). logits: (B, |A|). Returns a scalar."""
     log_probs = logits.log_softmax(-1)
     return -(log_probs.exp() * log_probs).sum(-1).mean()  # (8)
 
@@ -206,29 +192,216 @@ def normalize(advantages):
     return (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
 
 
-def policy_loss(log_probs, old_log_probs, advantages, clip_coef):
+def policy_loss(new_log_probs, old_log_probs, advantages, clip_coef):
     """The clipped surrogate, equation (6), to be minimised; https://arxiv.org/abs/1707.06347, equation 7.
 
-    log_probs, old_log_probs, advantages: (B,). Returns a scalar. The table in ppo.py has its six cases.
+    new_log_probs, old_log_probs, advantages: (B,). Returns a scalar. The table in ppo.py has its six cases.
     """
-    ratio = (log_probs - old_log_probs).exp()  # (5)
+    ratio = (new_log_probs - old_log_probs).exp()  # (5)
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     return -torch.min(ratio * advantages, clipped * advantages).mean()  # (6)
 
 
-def value_loss(values, old_values, returns, clip_coef=None):
-    """Half the mean squared error, equation (7). values, old_values, returns: (B,). Returns a scalar."""
-    errors = (values - returns) ** 2
+def value_loss(new_values, old_values, returns, clip_coef=None):
+    """Half the mean squared error, equation (7). new_values, old_values, returns: (B,). Returns a scalar."""
+    errors = (new_values - returns) ** 2
     if clip_coef is not None:
         # [Trick 4] The value may leave its old self by ε only, like the ratio (OpenAI's code).
         # It presumes returns of scale 1 and often hurts, so it is off. Try: --clip-vloss
-        clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
+        clipped = old_values + (new_values - old_values).clamp(-clip_coef, clip_coef)
         errors = torch.max(errors, (clipped - returns) ** 2)
     return 0.5 * errors.mean()  # (7)
 
 
-# What follows down to `train` keeps the promises about run folders. All but `load_policy` has one text in all
-# scripts that use PyTorch: a first reading may skip it.
+def train(args: Args) -> dict:
+    """Train, evaluate, leave the run folder behind; returns what results.json holds."""
+    check_args(args)  # a setting or an environment that cannot work ends here, with one line
+    device = setup_torch(args)
+    envs = make_envs(args, args.num_envs)
+    agent = make_agent(args, envs, device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
+    run = Run(args, budget=args.total_timesteps, agent=agent, optimizer=optimizer)  # --resume fills these in
+
+    T = args.num_steps
+    N = args.num_envs
+    D = agent.actor[0].in_features
+    num_actions = agent.actor[-1].out_features
+    # Each row keeps the observation its step led to: the edges of episodes and rollouts are no special case.
+    obs = np.zeros((T, N, D), dtype=np.float32)
+    next_obs = np.zeros((T, N, D), dtype=np.float32)
+    actions = np.zeros((T, N), dtype=np.int64)
+    rewards = np.zeros((T, N), dtype=np.float32)
+    terminated = np.zeros((T, N), dtype=bool)
+    truncated = np.zeros((T, N), dtype=bool)
+    # Environments cannot be saved: a resumed run starts new episodes from new seeds.
+    current_obs, _ = envs.reset(seed=env_seeds(N, args.seed, 0, run.step))
+    while run.goes_on(args.batch_size):  # until the budget is spent; saves when that is due
+        # [A] collect
+        if args.gumbel:
+            # [Trick 7] With Gumbel noise g, argmax_i (z_i + g_i) is a sample of softmax(z), and several times
+            # cheaper than sampling a Categorical: https://arxiv.org/abs/1611.01144. Ablate: --no-gumbel
+            noise = gumbel_noise(T, N, num_actions).to(device)
+        with torch.inference_mode():
+            for t in range(T):
+                obs[t] = current_obs
+                logits = agent.actor(torch.from_numpy(obs[t]).to(device))  # (N, |A|)
+                if args.gumbel:
+                    action = (logits + noise[t]).argmax(-1)  # (1)
+                else:
+                    action = torch.distributions.Categorical(logits=logits).sample()  # (1)
+                actions[t] = action.cpu().numpy()
+                current_obs, rewards[t], terminated[t], truncated[t], info = envs.step(actions[t])
+                next_obs[t] = current_obs
+                if "final_obs" in info:  # then current_obs is the first of the next episode already
+                    ended = info["_final_obs"]  # (N,) bool
+                    next_obs[t, ended] = np.stack(info["final_obs"][ended])
+                    run.episodes_ended(info["episode"]["r"][ended], info["episode"]["l"][ended])
+        run.step += args.batch_size
+
+        # [B] estimate: the networks see the whole batch at once, which is cheaper than step by step
+        b_obs = torch.from_numpy(obs).to(device).flatten(0, 1)  # (T, N, D) -> (T*N, D)
+        b_next_obs = torch.from_numpy(next_obs).to(device).flatten(0, 1)
+        b_actions = torch.from_numpy(actions).to(device).flatten()  # (T, N) -> (T*N,)
+        with torch.no_grad():
+            b_old_log_probs = log_prob(agent.actor(b_obs), b_actions)  # (T*N,)
+            b_old_values = agent.critic(b_obs).squeeze(-1)  # (T*N, 1) -> (T*N,)
+            b_next_values = agent.critic(b_next_obs).squeeze(-1)
+        values = b_old_values.cpu().numpy().reshape(T, N)
+        next_values = b_next_values.cpu().numpy().reshape(T, N)
+        advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
+        b_advantages = torch.from_numpy(advantages).to(device).flatten()
+        b_returns = b_advantages + b_old_values  # (4)
+
+        # [C] improve
+        learning_rate = args.learning_rate
+        if args.anneal_lr:
+            # [Trick 2] Ever smaller steps let the policy settle (OpenAI's code). Ablate: --no-anneal-lr
+            learning_rate *= 1 - (run.step - args.batch_size) / args.total_timesteps
+        optimizer.param_groups[0]["lr"] = learning_rate
+        for _ in range(args.update_epochs):
+            order = torch.randperm(args.batch_size).to(device)
+            for rows in order.split(args.batch_size // args.num_minibatches):  # (B,)
+                mb_advantages = b_advantages[rows]
+                if args.norm_adv:
+                    # [Trick 3] The policy's gradient keeps one scale, whatever the rewards' (OpenAI's code).
+                    # Ablate: --no-norm-adv
+                    mb_advantages = normalize(mb_advantages)
+                mb_obs = b_obs[rows]
+                old_log_probs = b_old_log_probs[rows]
+                logits = agent.actor(mb_obs)  # (B, |A|)
+                new_log_probs = log_prob(logits, b_actions[rows])  # (B,)
+                new_values = agent.critic(mb_obs).squeeze(-1)  # (B,); (B, 1) would make (7) compare all pairs
+                pg_loss = policy_loss(new_log_probs, old_log_probs, mb_advantages, args.clip_coef)
+                value_clip = args.clip_coef if args.clip_vloss else None
+                v_loss = value_loss(new_values, b_old_values[rows], b_returns[rows], value_clip)
+                loss = pg_loss + args.vf_coef * v_loss  # (9)
+                if args.ent_coef:
+                    loss = loss - args.ent_coef * entropy(logits)  # (9)
+                optimizer.zero_grad()
+                loss.backward()
+                # [Trick 5] One odd minibatch must not throw the policy off (OpenAI's code).
+                # Ablate: --max-grad-norm 0
+                grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm or torch.inf)
+                optimizer.step()
+            # [Trick 6] Once the policy is far from the one that collected the data, more epochs mislead it.
+            # mean(ρ − 1 − ln ρ) ≥ 0 estimates KL, in one minibatch: http://joschu.net/blog/kl-approx.html.
+            # Off by default; try: --target-kl 0.005
+            log_ratio = (new_log_probs - old_log_probs).detach()
+            approx_kl = (log_ratio.exp() - 1 - log_ratio).mean().item()
+            if args.target_kl is not None and approx_kl > args.target_kl:
+                break
+        run.stop_if_not_finite(loss + grad_norm)
+
+        # [D] log: one point per rollout; losses are those of its last minibatch
+        run.log("charts", learning_rate=learning_rate)
+        run.log(
+            "losses",
+            policy_loss=pg_loss,
+            value_loss=v_loss,
+            entropy=entropy(logits),
+            grad_norm=grad_norm,
+            approx_kl=approx_kl,
+            clip_fraction=((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean(),
+            explained_variance=1 - (b_returns - b_old_values).var() / b_returns.var(),
+        )
+        if args.target_return is not None and run.mean_return() >= args.target_return:
+            run.stop()
+    envs.close()
+    return run.finish(device)
+
+
+# ---- From here on: the run folder (save, resume, evaluate, film). The same text in every script. ----
+# Only what stands before `fail` is this script's own: what it refuses, and how it acts in an evaluation.
+
+
+MAX_EVAL_STEPS = 30_000  # longest evaluation episode
+RANGES = {  # smallest and largest value of every number in Args
+    "num_envs": (1, 10_000),
+    "total_timesteps": (1, 10**12),
+    "target_return": (-1e9, 1e9),
+    "learning_rate": (0, 10),
+    "num_steps": (1, 1_000_000),
+    "gamma": (0, 1),
+    "gae_lambda": (0, 1),
+    "num_minibatches": (1, 1_000_000),
+    "update_epochs": (1, 1000),
+    "clip_coef": (0, 1),
+    "ent_coef": (-100, 100),
+    "vf_coef": (0, 1000),
+    "max_grad_norm": (0, 1e9),
+    "target_kl": (0, 1000),
+    "seed": (0, 2**32 - 1),
+    "eval_episodes": (1, 1_000_000),
+    "checkpoint_every": (1, 10**12),
+}
+
+
+def make_agent(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> Agent:
+    """An untrained agent for these environments."""
+    obs_dim = envs.single_observation_space.shape[0]
+    num_actions = int(envs.single_action_space.n)
+    return Agent(obs_dim, num_actions, args.ortho_init).to(device)
+
+
+def check_settings(args: Args) -> None:
+    """Refuse settings that cannot work together."""
+    if args.batch_size > 10_000_000:
+        fail(f"a rollout of {args.batch_size:,} steps is too large: fewer --num-envs or --num-steps")
+    if args.batch_size % args.num_minibatches:
+        fail(f"{args.batch_size} steps per rollout do not divide into {args.num_minibatches} minibatches")
+    if args.norm_adv and args.batch_size == args.num_minibatches:
+        fail("a minibatch of one step cannot be normalised: fewer --num-minibatches, or --no-norm-adv")
+    if args.total_timesteps < args.batch_size:
+        fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {args.batch_size} steps")
+
+
+def check_spaces(args: Args, envs: gym.vector.VectorEnv) -> None:
+    """Refuse environments that this script cannot handle, and name the script that can."""
+    obs_space = envs.single_observation_space
+    action_space = envs.single_action_space
+    parts = obs_space if isinstance(obs_space, gym.spaces.Tuple) else [obs_space]
+    if all(isinstance(part, gym.spaces.Discrete) for part in parts):
+        fail(f"{args.env_id} has integer states, this script reads vectors: use q_learning.py")
+    if isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) > 1:
+        fail(f"{args.env_id} has images, this script reads vectors: dqn_atari.py plays Atari games")
+    if isinstance(action_space, gym.spaces.Box):
+        fail(f"{args.env_id} has continuous actions, this script has discrete ones: use a2c_continuous.py")
+    discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
+    if not isinstance(obs_space, gym.spaces.Box) or not discrete:
+        fail(f"no script handles {args.env_id} with observations {obs_space} and actions {action_space}")
+
+
+def load_policy(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, device: torch.device):
+    """The greedy policy of a run, observations (N, D) -> likeliest actions (N,), and its checkpoint."""
+    agent = make_agent(args, envs, device)
+    checkpoint = load_checkpoint(run_dir, agent=agent)
+
+    @torch.inference_mode()
+    def policy(obs: np.ndarray) -> np.ndarray:
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
+        return agent.actor(obs).argmax(-1).cpu().numpy()
+
+    return policy, checkpoint
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -239,29 +412,64 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 def parse_args() -> Args:
     """Read the command line. With --resume or --evaluate, the defaults are the arguments of that run."""
-    args = tyro.cli(Args)
-    if folder := args.resume or args.evaluate:
-        try:
-            saved = json.loads((Path(folder) / "args.json").read_text())
-            del saved["versions"]
-            saved |= {} if args.resume else {"capture_video": False, "track": False}
-            args = tyro.cli(Args, default=Args(**saved))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            fail(f"{folder} is no run folder of {Path(__file__).name}: {type(error).__name__} {error}")
-        if args.eval_episodes < 1:
-            fail("--eval-episodes must be at least 1")
+    args = read_command_line(Args())
+    folder = args.resume or args.evaluate
+    if not folder:
+        return args
+    try:
+        saved = json.loads((Path(folder) / "args.json").read_text())
+        del saved["versions"]
+        if args.evaluate:
+            saved |= {"capture_video": False, "track": False}
+        defaults = Args(**saved)
+        module = defaults.env_id.rpartition(":")[0]
+    except Exception as error:  # damaged files and foreign files fail in many ways
+        fail(f"{folder} is no run folder of {Path(__file__).name}: {type(error).__name__} {error}")
+    named = args.env_id
+    args = read_command_line(defaults)
+    # To make module:id imports the module, and imports run code: a file from a stranger must not choose it.
+    if module and not module.startswith("envs.") and args.env_id == defaults.env_id != named:
+        fail(f"the run's environment runs code of the module {module}: allow it with --env-id {args.env_id}")
     return args
 
 
-def env_seeds(num_envs: int, *key: int) -> list[int]:
-    """One seed per environment from any integers. With seed + i, neighbouring runs would share most seeds."""
-    return np.random.SeedSequence(key).generate_state(num_envs).tolist()
+def read_command_line(defaults: Args) -> Args:
+    """tyro's reading of the command line; what it cannot read ends with one line and exit code 2."""
+    errors = io.StringIO()
+    try:
+        with redirect_stderr(errors):
+            return tyro.cli(Args, default=defaults)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        fail("".join(letter for letter in errors.getvalue() if not "─" <= letter <= "╿"))
+
+
+def check_args(args: Args) -> None:
+    """End with one line and exit code 2 if a setting is out of range or the environment does not serve."""
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name)
+        for number in value if isinstance(value, list) else [value]:
+            # Written so that NaN, which compares with nothing, is out of range too.
+            if number is not None and not (isinstance(number, int | float) and low <= number <= high):
+                fail(f"--{name.replace('_', '-')} {number} is not between {low:,} and {high:,}")
+    check_settings(args)
+    try:
+        envs = make_envs(args, 1)
+    except Exception as error:  # environments and the packages behind them fail in many ways
+        own = ["envs.pixelcopter:Pixelcopter-v0", "envs.pong:PongPLE-v0", "envs.pyramids:Pyramids-v0"]
+        near = difflib.get_close_matches(str(args.env_id), [*gym.registry, *own], cutoff=0.5)
+        reason = f"(nearest known names: {', '.join(near) or 'none'}): {type(error).__name__} {error}"
+        fail(f"cannot make the environment {args.env_id} {reason}")
+    check_spaces(args, envs)
+    envs.close()
 
 
 def setup_torch(args: Args) -> torch.device:
     """Seed PyTorch and choose the device."""
     torch.manual_seed(args.seed)
-    torch.set_num_threads(1)  # sharing out work this small takes longer than doing it
+    # One thread unless the script has a flag: sharing out work this small takes longer than doing it.
+    torch.set_num_threads(getattr(args, "num_threads", 1))
     # The momentum of units that are not used fades to numbers so small that processors slow down over them.
     torch.set_flush_denormal(True)
     if args.cuda and not torch.cuda.is_available():
@@ -269,17 +477,168 @@ def setup_torch(args: Args) -> torch.device:
     return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
 
-def start_run(args: Args, global_step: int) -> tuple[Path, SummaryWriter]:
-    """Make the run folder with args.json; open TensorBoard and, with --track, Weights & Biases."""
+def env_seeds(num_envs: int, *key: int) -> list[int]:
+    """One seed per environment from any integers. With seed + i, neighbouring runs would share most seeds."""
+    return np.random.SeedSequence(key).generate_state(num_envs).tolist()
+
+
+class Run:
+    """A training run and its folder: counters, clock, charts, progress bar, Ctrl-C and checkpoints.
+
+    step, episodes: how many have been played. extra: what else the checkpoint shall hold, plain types and
+    tensors by name. stopped: the signals that came, filled by Ctrl-C.
+    """
+
+    def __init__(self, args: Args, budget: int, unit: str = "steps", **parts) -> None:
+        """budget: in `unit`, steps or episodes. parts: what has a state to save: agent, optimizer, …"""
+        self.args = args
+        self.budget = budget
+        self.unit = unit
+        self.parts = parts
+        self.step = 0
+        self.episodes = 0
+        self.extra = {}
+        self.recent_returns = deque(maxlen=100)
+        self.returns = []  # of the episodes that ended since the last point of the charts
+        self.lengths = []
+        self.stopped = []
+        seconds = 0.0
+        if args.resume:
+            saved = load_checkpoint(Path(args.resume), **parts)
+            self.step = saved["global_step"]
+            self.episodes = saved["episodes"]
+            self.extra = saved["extra"]
+            self.recent_returns.extend(saved["recent_returns"])
+            seconds = saved["wall_time_s"]
+            torch.set_rng_state(saved["rng_state"])
+            for group in parts["optimizer"].param_groups:  # the saved ones have the old --learning-rate
+                group["lr"] = args.learning_rate
+        # So that the loop ends where everything can be saved; clusters send SIGTERM.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: self.stopped.append(number))
+        self.dir, self.lock = open_folder(args)
+        # TensorBoard drops what a killed run logged beyond its last checkpoint: those steps come again.
+        self.writer = SummaryWriter(self.dir, purge_step=self.step + 1 if args.resume else None)
+        bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}{postfix}]"
+        done = self.done()
+        self.bar = tqdm(total=budget, initial=done, unit=unit, unit_scale=True, bar_format=bar_format)
+        self.saved_at = -args.checkpoint_every
+        self.started = time.perf_counter() - seconds
+
+    def done(self) -> int:
+        """How much of the budget is used."""
+        return self.episodes if self.unit == "episodes" else self.step
+
+    def goes_on(self, size: int) -> bool:
+        """Whether the budget allows `size` more. Saves when that is due, and always before the end."""
+        ends = bool(self.stopped) or self.done() + size > self.budget
+        # Save if the next rollout would end more than checkpoint_every steps after the last checkpoint.
+        if ends or self.done() + size > self.saved_at + self.args.checkpoint_every:
+            self.save()
+        return not ends
+
+    def save(self) -> None:
+        """Write checkpoint.pt: tensors and plain types only."""
+        checkpoint = {
+            "global_step": self.step,
+            "episodes": self.episodes,
+            "wall_time_s": time.perf_counter() - self.started,
+            "recent_returns": list(self.recent_returns),
+            "rng_state": torch.get_rng_state(),
+            "extra": self.extra,
+        }
+        for name, part in self.parts.items():
+            checkpoint[name] = part.state_dict()
+        for weights in checkpoint["agent"].values():  # a NaN must not replace the last good checkpoint
+            self.stop_if_not_finite(weights.sum())
+        save_checkpoint(self.dir, checkpoint)
+        self.writer.flush()
+        self.saved_at = self.done()
+
+    def episodes_ended(self, returns, lengths) -> None:
+        """Count episodes that ended. returns: sums of their true rewards, lengths: in steps; both (n,)."""
+        self.returns.extend(map(float, returns))
+        self.lengths.extend(map(float, lengths))
+        self.recent_returns.extend(map(float, returns))
+        self.episodes += len(returns)
+
+    def mean_return(self) -> float:
+        """Of the last 100 episodes; below every number before so many have ended."""
+        return float(np.mean(self.recent_returns)) if len(self.recent_returns) == 100 else -np.inf
+
+    def stop(self) -> None:
+        """End the loop as if the budget were spent."""
+        self.budget = self.done()
+
+    def stop_if_not_finite(self, value) -> None:
+        """End with exit code 1 if a loss or a sum of weights is NaN or infinite."""
+        value = torch.as_tensor(value).item()
+        if not np.isfinite(value):
+            self.bar.close()
+            reason = f"the loss or a weight is {value} at step {self.step}"
+            fail(f"{reason}; the last checkpoint is good", code=1)
+
+    def log(self, group: str, **values) -> None:
+        """One point of each chart. With "charts" go the episodes since the last point, the speed, the bar."""
+        if group == "charts":
+            speed = self.step / (time.perf_counter() - self.started)
+            if self.returns:
+                values["episodic_return"] = np.mean(self.returns)
+                values["episodic_length"] = np.mean(self.lengths)
+                self.returns.clear()
+                self.lengths.clear()
+            values["SPS"] = speed
+            recent = f"return {np.mean(self.recent_returns):.2f}, " if self.recent_returns else ""
+            self.bar.set_postfix_str(f"{recent}{speed:,.0f} steps/s", refresh=False)
+            self.bar.update(self.done() - self.bar.n)
+        for name, value in values.items():
+            self.writer.add_scalar(f"{group}/{name}", torch.as_tensor(value).item(), self.step)
+
+    def finish(self, device: torch.device) -> dict:
+        """Close everything; then evaluate and write results.json, or end here after Ctrl-C."""
+        self.bar.close()
+        self.writer.close()
+        if self.stopped:
+            print(f"interrupted and saved, go on with --resume {self.dir}", file=sys.stderr)
+            raise SystemExit(128 + self.stopped[0])
+        results = evaluate(self.args, self.dir, device)
+        write_file(self.dir / "results.json", json.dumps(results, indent=2).encode())
+        self.lock.close()
+        if self.args.track:
+            import wandb
+
+            if self.args.capture_video:
+                wandb.log({"replay": wandb.Video(str(self.dir / "replay.mp4"))})
+            wandb.finish()
+        return results
+
+
+def open_folder(args: Args) -> tuple[Path, IO]:
+    """Make the run folder with args.json and lock it; with --track, join Weights & Biases.
+
+    Returns the folder and its open lock file: the lock holds until that file is closed or the process ends.
+    """
     name = f"{args.env_id}__{Path(__file__).stem}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.resume or args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
-    if not args.resume and any((run_dir / name).exists() for name in ("checkpoint.pt", "q_table.npz")):
-        fail(f"{run_dir} holds a run already: --resume {run_dir} goes on with it")
-    versions = {package: version(package) for package in ("torch", "gymnasium", "numpy")}
+    default = "runs/" + name.replace("/", "-").replace(":", "-")
+    run_dir = Path(args.resume or args.run_dir or default)
+    versions = {name: version(name) for name in ("torch", "gymnasium", "numpy") if name in sys.modules}
     saved = asdict(args) | {"resume": None, "evaluate": None, "versions": versions}
     try:
+        copy = 1
+        while not (args.resume or args.run_dir) and not is_new(run_dir):  # another run began in this second
+            copy += 1
+            run_dir = Path(f"{default}-{copy}")
         run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / ".lock", "w")
+        if os.name == "posix":
+            import fcntl  # here, because Windows has none
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not args.resume and any((run_dir / name).exists() for name in ("checkpoint.pt", "q_table.npz")):
+            fail(f"{run_dir} holds a run already: --resume {run_dir} goes on with it")
         write_file(run_dir / "args.json", json.dumps(saved, indent=2).encode())
+    except BlockingIOError:
+        fail(f"another process is training in {run_dir}")
     except OSError as error:
         fail(f"cannot write the run folder: {error}")
     if args.track:
@@ -288,8 +647,16 @@ def start_run(args: Args, global_step: int) -> tuple[Path, SummaryWriter]:
         names = {"name": run_dir.name, "id": run_dir.name, "resume": "allow", "dir": run_dir}
         project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
         wandb.init(**names, **project, sync_tensorboard=True)
-    # TensorBoard drops what a killed run logged beyond its last checkpoint, before those steps come again.
-    return run_dir, SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
+    return run_dir, lock
+
+
+def is_new(path: Path) -> bool:
+    """Make a folder; whether it did not exist before."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -310,6 +677,9 @@ def load_checkpoint(run_dir: str | Path, **parts) -> dict:
     """Read checkpoint.pt, put saved states into the parts (agent, …), return all. Runs no code from it."""
     path = Path(run_dir) / "checkpoint.pt"
     try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # torch.load does not look at the checksums
+                raise ValueError("the file is damaged: its checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
@@ -318,230 +688,100 @@ def load_checkpoint(run_dir: str | Path, **parts) -> dict:
     return checkpoint
 
 
-def load_policy(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, device: torch.device):
-    """The greedy policy of a run, a function of observations (N, D) to actions (N,), and its checkpoint."""
-    agent = make_agent(args, envs, device)
-    checkpoint = load_checkpoint(run_dir, agent=agent)
-
-    @torch.inference_mode()
-    def policy(obs: np.ndarray) -> np.ndarray:
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
-        return agent.actor(obs).argmax(-1).cpu().numpy()
-
-    return policy, checkpoint
-
-
 def evaluate(args: Args, run_dir: Path, device: torch.device) -> dict:
     """Play episodes with the policy in the run folder, print the summary, return what results.json holds.
 
     Each environment plays one episode a round and waits for the others: to take the first episodes that end
     would favour short ones. A greedy policy may walk in circles for ever; MAX_EVAL_STEPS ends its episode.
     """
+    check_args(args)
+    for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left to be saved
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     envs = make_envs(args, min(args.eval_episodes, 20))
     policy, checkpoint = load_policy(args, envs, run_dir, device)
     returns = np.zeros(0)
+    bar = tqdm(total=args.eval_episodes, desc="evaluation", unit=" episodes", leave=False, delay=2)
     while len(returns) < args.eval_episodes:
         obs, _ = envs.reset(seed=env_seeds(envs.num_envs, args.seed, 1, len(returns)))
-        totals, playing, steps = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool), 0
+        totals = np.zeros(envs.num_envs)
+        playing = np.ones(envs.num_envs, dtype=bool)
+        steps = 0
         while playing.any() and steps < MAX_EVAL_STEPS:
             obs, rewards, terminated, truncated, _ = envs.step(policy(obs))
             totals += rewards * playing
             playing &= ~(terminated | truncated)
             steps += 1
+            bar.set_postfix_str(f"step {steps:,}", refresh=False)
+            bar.update(len(returns) + int((~playing).sum()) - bar.n)
         returns = np.append(returns, totals)
+    bar.close()
     envs.close()
     if args.capture_video:
         record_video(args, policy, run_dir / "replay.mp4")
     returns = returns[: args.eval_episodes]
-    mean, std = float(returns.mean()), float(returns.std())
-    steps, seconds = checkpoint["global_step"], checkpoint["wall_time_s"]
+    mean = float(returns.mean())
+    std = float(returns.std())
+    steps = checkpoint["global_step"]
+    seconds = checkpoint["wall_time_s"]
     speed = steps / max(seconds, 1e-9)
     print(
         f"{args.env_id}, seed {args.seed}: {mean:.2f} ± {std:.2f} over {len(returns)} episodes "
         f"after {steps:,} steps, {seconds:.1f} s, {speed:,.0f} steps/s: {run_dir}"
     )
-    results = {"algo": Path(__file__).stem, "env_id": args.env_id, "seed": args.seed, "global_step": steps}
-    results |= {"episodes": checkpoint["episodes"], "mean_reward": mean, "std_reward": std}
-    results |= {"score": mean - std, "eval_episodes": len(returns)}
-    return results | {"wall_time_s": seconds, "steps_per_second": speed}
+    return {
+        "algo": Path(__file__).stem,
+        "env_id": args.env_id,
+        "seed": args.seed,
+        "global_step": steps,
+        "episodes": checkpoint["episodes"],
+        "mean_reward": mean,
+        "std_reward": std,
+        "score": mean - std,
+        "eval_episodes": len(returns),
+        "wall_time_s": seconds,
+        "steps_per_second": speed,
+    }
 
 
 def record_video(args: Args, policy, path: Path) -> None:
-    """Film one episode from the first evaluation seed. All its frames at once would fill the memory."""
+    """Film one episode from the first evaluation seed, frame by frame: all at once would fill the memory."""
     from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter  # here, because it is slow to import
 
     envs = make_envs(args, 1, render_mode="rgb_array")
     obs, _ = envs.reset(seed=env_seeds(1, args.seed, 1, 0))
-    frame, temporary = envs.render()[0], path.with_name("tmp-" + path.name)
-    size, fps = (frame.shape[1], frame.shape[0]), envs.metadata.get("render_fps", 30)
-    with FFMPEG_VideoWriter(str(temporary), size, fps) as film:
+    frame = envs.render()[0]
+    temporary = path.with_name("tmp-" + path.name)
+    fps = envs.metadata.get("render_fps", 30)
+    with FFMPEG_VideoWriter(str(temporary), (frame.shape[1], frame.shape[0]), fps) as film:
         film.write_frame(frame)
-        ended, steps = False, 0
+        ended = False
+        steps = 0
         while not ended and steps < MAX_EVAL_STEPS:
             obs, _, terminated, truncated, _ = envs.step(policy(obs))
             film.write_frame(envs.render()[0])
-            ended, steps = terminated[0] or truncated[0], steps + 1
+            ended = terminated[0] or truncated[0]
+            steps += 1
     envs.close()
     os.replace(temporary, path)
 
 
-def train(args: Args) -> dict:
-    """Train, evaluate, leave the run folder behind; returns what results.json holds."""
-    sizes = (args.num_envs, args.num_steps, args.num_minibatches, args.update_epochs, args.checkpoint_every)
-    if min(sizes) < 1 or args.eval_episodes < 1 or args.seed < 0:
-        fail("every size, number and interval must be at least 1, the seed at least 0")
-    if args.batch_size % args.num_minibatches:
-        fail(f"{args.batch_size} steps per rollout do not divide into {args.num_minibatches} minibatches")
-    if args.norm_adv and args.batch_size == args.num_minibatches:
-        fail("a minibatch of one step cannot be normalised: fewer --num-minibatches, or --no-norm-adv")
-    if args.total_timesteps < args.batch_size:
-        fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {args.batch_size} steps")
-    device = setup_torch(args)
-    envs = make_envs(args, args.num_envs)
-    agent = make_agent(args, envs, device)
-    parameters = list(agent.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
-    global_step, episodes, wall_time_s, recent_returns = 0, 0, 0.0, deque(maxlen=100)
-    if args.resume:
-        saved = load_checkpoint(Path(args.resume), agent=agent, optimizer=optimizer)
-        global_step, episodes, wall_time_s = saved["global_step"], saved["episodes"], saved["wall_time_s"]
-        recent_returns.extend(saved["recent_returns"])
-        torch.set_rng_state(saved["rng_state"])
-    interrupted = []  # filled by Ctrl-C, so that the loop ends where everything can be saved
-    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
-    run_dir, writer = start_run(args, global_step)
-
-    # Each row keeps the observation its step led to: the edges of episodes and rollouts are no special case.
-    T, N, D, A = args.num_steps, args.num_envs, agent.actor[0].in_features, agent.actor[-1].out_features
-    obs, next_obs = np.zeros((2, T, N, D), dtype=np.float32)
-    actions, rewards = np.zeros((T, N), dtype=np.int64), np.zeros((T, N), dtype=np.float32)
-    terminated, truncated = np.zeros((2, T, N), dtype=bool)
-    # Environments cannot be saved: a resumed run starts new episodes from new seeds.
-    current_obs, _ = envs.reset(seed=env_seeds(N, args.seed, 0, global_step))
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True)
-    saved_step, started = -args.checkpoint_every, time.perf_counter() - wall_time_s
-    while True:
-        finished = global_step + args.batch_size > args.total_timesteps
-        if args.target_return is not None and len(recent_returns) == 100:
-            finished |= bool(np.mean(recent_returns) >= args.target_return)
-        # One more rollout without saving, and a kill would cost more than checkpoint_every steps.
-        if finished or interrupted or global_step + args.batch_size > saved_step + args.checkpoint_every:
-            wall_time_s = time.perf_counter() - started
-            state = {"global_step": global_step, "episodes": episodes, "wall_time_s": wall_time_s}
-            state |= {"recent_returns": list(recent_returns), "rng_state": torch.get_rng_state()}
-            state |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-            save_checkpoint(run_dir, state)
-            writer.flush()
-            saved_step = global_step
-        if finished or interrupted:
-            break
-
-        # [A] collect
-        returns, lengths = [], []  # of the episodes that end in this rollout
-        gumbel = gumbel_noise(T, N, A).to(device)  # once a rollout: each call costs more than its numbers
-        with torch.inference_mode():
-            for t in range(T):
-                obs[t] = current_obs
-                logits = agent.actor(torch.from_numpy(obs[t]).to(device))  # (N, A)
-                actions[t] = sample(logits, gumbel[t]).cpu().numpy()
-                current_obs, rewards[t], terminated[t], truncated[t], info = envs.step(actions[t])
-                next_obs[t] = current_obs
-                if "final_obs" in info:  # then current_obs is the first of the next episode already
-                    ended = info["_final_obs"]
-                    next_obs[t, ended] = np.stack(info["final_obs"][ended])
-                    returns.extend(info["episode"]["r"][ended].tolist())
-                    lengths.extend(info["episode"]["l"][ended].tolist())
-        global_step += args.batch_size
-        episodes += len(returns)
-        recent_returns.extend(returns)
-
-        # [B] estimate: the networks see the whole batch at once, which is cheaper than step by step
-        b_obs = torch.from_numpy(obs).to(device).flatten(0, 1)  # (T, N, D) -> (T*N, D)
-        b_next_obs = torch.from_numpy(next_obs).to(device).flatten(0, 1)
-        b_actions = torch.from_numpy(actions).to(device).flatten()  # (T, N) -> (T*N,)
-        with torch.no_grad():
-            b_log_probs = log_prob(agent.actor(b_obs), b_actions)  # (T*N,)
-            b_values = agent.critic(b_obs).squeeze(-1)  # (T*N, 1) -> (T*N,)
-            b_next_values = agent.critic(b_next_obs).squeeze(-1)
-        values, next_values = (v.cpu().numpy().reshape(T, N) for v in (b_values, b_next_values))
-        advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
-        b_advantages = torch.from_numpy(advantages).to(device).flatten()
-        b_returns = b_advantages + b_values  # (4)
-
-        # [C] improve
-        # [Trick 2] Ever smaller steps let the policy settle (OpenAI's code). Ablate: --no-anneal-lr
-        remaining = 1 - (global_step - args.batch_size) / args.total_timesteps
-        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
-        optimizer.param_groups[0]["lr"] = learning_rate
-        value_clip = args.clip_coef if args.clip_vloss else None
-        for _ in range(args.update_epochs):
-            order = torch.randperm(args.batch_size).to(device)
-            batch = (b_obs, b_actions, b_log_probs, b_advantages, b_values, b_returns)
-            minibatches = (x[order].split(args.batch_size // args.num_minibatches) for x in batch)
-            for minibatch in zip(*minibatches, strict=True):
-                mb_obs, mb_actions, mb_log_probs, mb_advantages, mb_values, mb_returns = minibatch
-                # [Trick 3] The policy's gradient keeps one scale, whatever the rewards' (OpenAI's code).
-                # Ablate: --no-norm-adv
-                if args.norm_adv:
-                    mb_advantages = normalize(mb_advantages)
-                logits = agent.actor(mb_obs)  # (B, A)
-                log_probs = log_prob(logits, mb_actions)  # (B,)
-                new_values = agent.critic(mb_obs).squeeze(-1)  # (B,); (B, 1) would make (7) compare all pairs
-                pg_loss = policy_loss(log_probs, mb_log_probs, mb_advantages, args.clip_coef)
-                v_loss = value_loss(new_values, mb_values, mb_returns, value_clip)
-                loss = pg_loss + args.vf_coef * v_loss  # (9)
-                if args.ent_coef:
-                    loss = loss - args.ent_coef * entropy(logits)  # (9)
-                optimizer.zero_grad()
-                loss.backward()
-                # [Trick 5] One odd minibatch must not throw the policy off (OpenAI's code).
-                # Ablate: --max-grad-norm 0
-                grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or torch.inf)
-                optimizer.step()
-            # [Trick 6] A policy that has left its data learns no more from them. mean(ρ − 1 − ln ρ)
-            # estimates KL(π_old ‖ π) and is never negative (http://joschu.net/blog/kl-approx.html).
-            # Off by default; try: --target-kl 0.02
-            log_ratio = (log_probs - mb_log_probs).detach()
-            approx_kl = (log_ratio.exp() - 1 - log_ratio).mean().item()
-            if args.target_kl is not None and approx_kl > args.target_kl:
-                break
-        if not torch.isfinite(loss + grad_norm):
-            bar.close()
-            fail(f"the loss is {loss.item()} at step {global_step}; the last checkpoint is good", code=1)
-
-        # [D] log: one point per rollout; losses are those of its last minibatch
-        if returns:
-            writer.add_scalar("charts/episodic_return", np.mean(returns), global_step)
-            writer.add_scalar("charts/episodic_length", np.mean(lengths), global_step)
-            bar.set_postfix_str(f"return {np.mean(recent_returns):.1f}", refresh=False)
-        writer.add_scalar("charts/SPS", global_step / (time.perf_counter() - started), global_step)
-        writer.add_scalar("charts/learning_rate", learning_rate, global_step)
-        losses = {"policy_loss": pg_loss.item(), "value_loss": v_loss.item(), "grad_norm": grad_norm}
-        losses |= {"entropy": entropy(logits).item(), "approx_kl": approx_kl}
-        losses["clip_fraction"] = ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean()
-        losses["explained_variance"] = 1 - (b_returns - b_values).var() / b_returns.var()
-        for name, value in losses.items():
-            writer.add_scalar(f"losses/{name}", float(value), global_step)
-        bar.update(args.batch_size)
-
-    bar.close()
-    writer.close()
-    envs.close()
-    if interrupted:
-        print(f"interrupted and saved, go on with --resume {run_dir}", file=sys.stderr)
-        raise SystemExit(130)
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # all is saved, Ctrl-C may stop at once
-    results = evaluate(args, run_dir, device)
-    write_file(run_dir / "results.json", json.dumps(results, indent=2).encode())
-    if args.track:
-        import wandb
-
-        if args.capture_video:
-            wandb.log({"replay": wandb.Video(str(run_dir / "replay.mp4"))})
-        wandb.finish()
-    return results
-
-
 if __name__ == "__main__":
     args = parse_args()
-    evaluate(args, Path(args.evaluate), setup_torch(args)) if args.evaluate else train(args)
+    if args.evaluate:
+        evaluate(args, Path(args.evaluate), setup_torch(args))
+    else:
+        train(args)
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "numpy==2.4.6",
+#     "gymnasium[box2d,classic-control,mujoco,other,toy-text]==1.4.0",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "wandb==0.31.0",
+#     "tqdm==4.70.1",
+#     "moviepy==2.2.1",
+# ]
+# ///
