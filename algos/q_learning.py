@@ -1,12 +1,27 @@
-"""Q-learning: a table of what every action is worth in every state, learned by trying them.
+"""Q-learning: a table of what every action is worth in every state, learned by trying the actions.
 
 Each step compares what the table promised with the reward that came and what the table promises from there,
 and moves the entry a little: the agent learns before the episode is over. NumPy is all it needs.
 
-An agent is in a state (where it stands on a frozen lake), chooses an action (a direction) and gets a reward
-(1 at the goal) and the next state: one step. Steps follow each other until the episode ends: it terminates
-(a hole or the goal, nothing follows) or a time limit cuts it off. A policy is the rule by which actions are
-chosen.
+An agent in a state s (a tile of the frozen lake) takes an action a (a direction). The environment answers
+with a reward r (1 at the goal, else 0) and the next state s'. Then the agent acts again, and so on: the loop
+of agent and environment. A task is episodic if it ends: the episode terminates (in a hole or at the goal,
+nothing follows), or a time limit cuts it off. A task without an end, like heating a house, is continuing.
+
+The lake is a Markov decision process (MDP): the chances of r and s' depend on s and a, and on nothing that
+came before. So the state says all that matters for the future (the Markov property). An observation is what
+the agent sees. It may say less: one picture of a ball does not show which way the ball flies. On the lake the
+observation is the state.
+
+A policy π is a rule that chooses actions. The goal is the policy with the largest expected return: the sum of
+the rewards that follow, on average. The reward hypothesis: every goal can be put so. There are two sums:
+    discounted return G_t    later rewards count less, see (1)    in formulas, table and policy.png
+    episodic return          the rewards of an episode, added     in charts, progress bar and results.json
+With γ = 0.9 and the rewards 0, 0, 1 the discounted return is 0.81 and the episodic return 1.
+
+Why discount? Without an end the plain sum may be infinite, a reward far away is less sure to come, and a
+short way shall be worth more than a long one. With γ = 0 the agent looks at the next reward only. With γ near
+1 it looks about 1/(1−γ) steps ahead, and learns more slowly: more chance lies between action and rewards.
 
 Pseudo-code
     for every episode:
@@ -17,42 +32,44 @@ Pseudo-code
         [D] log       charts, progress bar
 
 Equations
-    (1)  G_t = r_t + γ r_{t+1} + γ² r_{t+2} + …         return: all rewards that follow, discounted
-             = r_t + γ G_{t+1}
-    (2)  V(s) = mean of G_t after s_t = s               value of a state: the return to expect from it
-    (3)  Q(s,a) = mean of G_t after s_t = s, a_t = a    value of an action
-    (4)  Q*(s,a) = mean of r + γ max_a' Q*(s',a')       Bellman equation: the values under the best policy
-    (5)  π(s) = argmax_a Q(s,a) with probability 1−ε,   ε-greedy policy
-                else any action
-    (6)  ε_k = ε_min + (ε_max − ε_min) exp(−κ k)
-    (7)  y = r + γ max_a' Q(s',a')                      target; Q(s',a') counts as 0 after a termination
-    (8)  δ = y − Q(s,a)                                 temporal-difference (TD) error
-    (9)  Q(s,a) ← Q(s,a) + α δ
-    (10) α_n = α / (1 + n/c)                            or simply α
+    (1)  G_t = r_t + γ r_{t+1} + γ² r_{t+2} + … = r_t + γ G_{t+1}
+    (2)  ε_k = ε_min + (ε_max − ε_min) exp(−κ k)
+    (3)  π(s) = argmax_a Q(s,a), the greedy action, with probability 1−ε, else any action: ε-greedy
+    (4)  y = r + γ max_a' Q(s',a')                                       target; y = r after a termination
+    (5)  δ = y − Q(s,a)                                                  temporal-difference (TD) error
+    (6)  α_n = α / (1 + n/c)                                             or simply α
+    (7)  Q(s,a) ← Q(s,a) + α δ
 
-Two ways to learn a value; both move it a little from what was believed towards what was seen:
-    Monte Carlo           V(s_t) ← V(s_t) + α [G_t − V(s_t)]                  waits for the end
-    temporal difference   V(s_t) ← V(s_t) + α [r_t + γ V(s_{t+1}) − V(s_t)]   waits for the next state
-Monte Carlo is right on average, but G_t carries the luck of a whole episode. TD carries the luck of one step,
-but builds on a guess (it bootstraps): the news of a reward spreads backwards, one state at a time.
+Values are means, E, of the discounted return: V(s) is the value of a state, Q(s,a) of an action in a state.
+By (1), a value is the next reward plus the discounted value of what follows: the four Bellman equations.
+    of a policy   V^π(s)   = E[G_t | s_t = s]           = E[r + γ V^π(s')]           π chooses a and a'
+                  Q^π(s,a) = E[G_t | s_t = s, a_t = a]  = E[r + γ Q^π(s',a')]        π chooses a'
+    of the best   V*(s)    = max_π V^π(s)               = max_a E[r + γ V*(s')]
+                  Q*(s,a)  = max_π Q^π(s,a)             = E[r + γ max_a' Q*(s',a')]
+V^π(s) is the mean of Q^π(s,a) over the actions of π, and V*(s) = max_a Q*(s,a). The best policy takes
+argmax_a Q*(s,a): an agent that has learned Q* needs to know nothing about the ice.
 
-Whose values? The target (7) takes the best next action, whatever (5) will do: Q-learning tries things out
-and yet learns what the greedy policy (always the best known action) is worth. To learn about one policy while
-another acts is off-policy.
-On-policy is SARSA: y = r + γ Q(s',a') with the action a' that really comes next. It learns what its own
-policy is worth, blunders included: along a cliff SARSA keeps its distance, Q-learning walks on the edge.
+By hand: tiles 1, 2, 3 in a row, the goal right of 3, a wall left of 1, γ = 0.9. From the goal backwards,
+    V*(3) = 1,    V*(2) = 0 + 0.9 V*(3) = 0.9,    V*(1) = 0 + 0.9 V*(2) = 0.81,
+    Q*(2,right) = 0 + 0.9 V*(3) = 0.9  and  Q*(2,left) = 0 + 0.9 V*(1) = 0.729: right is best.
+If π tosses a coin, left or right, V^π = 0.429, 0.524, 0.736. In tile 2 this is the mean of both actions:
+    V^π(2) = ½ Q^π(2,left) + ½ Q^π(2,right) = ½ · 0.9 V^π(1) + ½ · 0.9 V^π(3) = 0.193 + 0.331 = 0.524.
 
-Symbols: s state, a action, r reward, s' next state, γ gamma, α learning_rate, c lr_visits, κ decay_rate,
-k episodes so far, n visits of (s,a) so far, S states, A actions.
+Symbols
+    s, a, r, s'   state, action, reward, next state      γ, α, c    gamma, learning_rate, lr_visits
+    π, V, Q       policy, values; Q is the table, too    ε, κ       share of random actions, decay_rate
+    G, y, δ       discounted return, target, TD error    k, n       episodes, visits of (s,a) so far
+    E             mean over all that chance decides      |S|, |A|   number of states, of actions
 Departures from the paper: a constant α by default (the proof wants a falling one, [Trick 1]), [Trick 2], and
-after a time limit, which is no failure, (7) looks at the next state as usual.
+after a time limit, which is no failure, (4) looks at the next state as usual.
 References: Q-learning https://doi.org/10.1007/BF00992698, Sutton and Barto's book, chapters 3 to 6,
 http://incompleteideas.net/book/the-book-2nd.html, learning rates https://jmlr.org/papers/v5/evendar03a.html
 
 Read first: nothing, the path begins here.
-New here: return, value, exploration, temporal difference, off-policy.
+New here: reward, return, value, exploration, temporal difference, off-policy.
 Run: python algos/q_learning.py
-Expect: a return of 1.00, the maximum, after 10,000 episodes and about 2 seconds; policy.png shows the way.
+Expect: an episodic return of 1.00, the maximum, after 10,000 episodes and about 2 seconds. policy.png shows
+the way; its 0.77 = γ⁵ at the start is a discounted return: the sixth step brings the reward.
 """
 
 import difflib
@@ -64,30 +81,21 @@ import random
 import signal
 import sys
 import time
+import zipfile
 from collections import deque
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
 import gymnasium as gym
 import numpy as np
 import tyro
-from gymnasium.vector import AutoresetMode
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer import event_file_writer
 from tqdm import tqdm
-
-MAX_EVAL_STEPS = 30_000  # longest evaluation episode
-MAX_TABLE = 10_000_000  # most entries of the table
-# The Hugging Face Deep RL course judges Taxi by these start seeds.
-TAXI_SEEDS = (
-    "16,54,165,177,191,191,120,80,149,178,48,38,6,125,174,73,50,172,100,148,146,6,25,40,68,148,49,167,9,97,"
-    "164,176,61,7,54,55,161,131,184,51,170,12,120,113,95,126,51,98,36,135,54,82,45,95,89,59,95,124,9,113,"
-    "58,85,51,134,121,169,105,21,30,11,50,65,12,43,82,145,152,97,106,55,31,85,38,112,102,168,123,97,21,83,"
-    "158,26,80,63,5,81,32,11,28,148"
-)
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ class Args:
     seed: int = 1  # the same seed gives the same numbers
     eval_episodes: int = 100  # greedy episodes played after training
     eval_seeds: str | None = None  # their start seeds: 16,54,165; by default drawn, for Taxi the course's
-    checkpoint_every: int = 100_000  # steps that a killed run loses at most, or one episode
+    checkpoint_every: int = 100_000  # save at least every this many steps, or every episode
     run_dir: str | None = None  # folder of the run; by default runs/ENV__q_learning__seedS__TIME
     resume: str | None = None  # go on with the run in this folder
     evaluate: str | None = None  # evaluate the run in this folder, without training
@@ -119,7 +127,147 @@ class Args:
     wandb_entity: str | None = None  # team there
 
 
-def flatten(env: gym.Env) -> gym.Env:
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """The environment with its options, its states numbered 0, 1, 2, …"""
+    options = args.env_kwargs
+    if options is None:
+        options = '{"is_slippery": false}' if args.env_id == "FrozenLake-v1" else "{}"
+    return number_states(gym.make(args.env_id, render_mode=render_mode, **json.loads(options)))
+
+
+def epsilon_at(episode, max_epsilon, min_epsilon, decay_rate):
+    """The share of random actions in an episode, counted from 0: equation (2)."""
+    return min_epsilon + (max_epsilon - min_epsilon) * math.exp(-decay_rate * episode)  # (2)
+
+
+def greedy_action(row, rng=None):
+    """The best action. row: |A| values. Equal ones are drawn with rng; without it the first one wins."""
+    best = max(row)
+    # [Trick 2] Before anything is learned all values of a state are 0. The first action each time would walk
+    # into the same wall again and again in training, in evaluation for ever (Sutton and Barto, section 2.4).
+    # Ablate: --no-random-ties
+    if rng is None or row.count(best) == 1:
+        return row.index(best)
+    return rng.choice([action for action, value in enumerate(row) if value == best])
+
+
+def td_target(reward, next_row, terminated, gamma):
+    """What Q(s,a) should have said, equation (4). next_row: |A| values of the next state."""
+    # A time limit is no failure: only `terminated` means "worth nothing from here".
+    if terminated:
+        return reward
+    return reward + gamma * max(next_row)  # (4)
+
+
+def step_size(learning_rate, visits, lr_visits):
+    """The learning rate of a pair (s,a) seen `visits` times before, equation (6)."""
+    if not lr_visits:
+        return learning_rate
+    # [Trick 1] Where chance decides, a constant rate follows the last few tries for ever. Values settle at
+    # the mean if the rates of a pair add up to infinity (any start is forgotten) and their squares do not
+    # (the noise dies away): Robbins and Monro, https://doi.org/10.1214/aoms/1177729586. 1/n meets both.
+    # Off by default, for without chance there is nothing to average; try: --lr-visits 100
+    return learning_rate / (1 + visits / lr_visits)  # (6)
+
+
+def train(args: Args) -> dict:
+    """Train, evaluate, leave the run folder behind; returns what results.json holds."""
+    check_args(args)  # a setting or an environment that cannot work ends here, with one line
+    env = make_env(args)
+    num_states = int(env.observation_space.n)
+    num_actions = int(env.action_space.n)
+    # Lists instead of arrays: for one number at a time, Python is faster than NumPy.
+    q_table = [[0.0] * num_actions for _ in range(num_states)]  # Q(s,a), (|S|, |A|)
+    visits = [[0] * num_actions for _ in range(num_states)]  # how often a was taken in s, (|S|, |A|)
+    rng = random.Random(args.seed)
+    ties_rng = rng if args.random_ties else None
+    # With --resume this fills in what the saved run had learned.
+    run = Run(args, budget=args.total_episodes, q_table=q_table, visits=visits, rng=rng)
+
+    errors = 0.0  # sum of |δ| since the last point of the charts
+    logged_step = run.step
+    # Environments cannot be saved: a resumed run goes on from a new seed.
+    env.reset(seed=env_seeds(1, args.seed, 0, run.step)[0])
+    while run.goes_on(1):
+        # [A] explore
+        # A dilemma: to take the best action known (exploit) earns most now; to try another one (explore) may
+        # cost reward now and show a better way for all later episodes. An agent that only exploits keeps to
+        # the first way it finds; one that only explores never uses what it knows. So ε starts high and falls.
+        epsilon = epsilon_at(run.episodes, args.max_epsilon, args.min_epsilon, args.decay_rate)
+        state, _ = env.reset()
+        episodic_return = 0.0
+        length = 0
+        for _ in range(args.max_steps):
+            # [B] act
+            row = q_table[state]  # (|A|,)
+            if rng.random() < epsilon:  # (3)
+                action = rng.randrange(num_actions)
+            else:
+                action = greedy_action(row, ties_rng)
+            next_state, reward, terminated, truncated, _ = env.step(action)
+
+            # [C] learn
+            # The target is the Bellman equation of Q* for one try, with the table in place of Q*. To build on
+            # such a guess is to bootstrap: the news of a reward spreads backwards, one state at a time.
+            # (Monte Carlo waits for the end and aims at G_t: no guess, but the luck of a whole episode.)
+            # The target takes the best next action, whatever (3) will take. So Q-learning is off-policy: it
+            # learns what the greedy policy (always the best known action) is worth, while another one acts.
+            # An on-policy method learns about the policy that acts: see sarsa.py.
+            target = td_target(reward, q_table[next_state], terminated, args.gamma)
+            error = target - row[action]  # (5)
+            seen = visits[state]  # (|A|,)
+            row[action] += step_size(args.learning_rate, seen[action], args.lr_visits) * error  # (7)
+            seen[action] += 1
+            state = next_state
+            errors += abs(error)
+            episodic_return += reward
+            length += 1
+            if terminated or truncated:
+                break
+        run.step += length
+        run.episodes_ended([episodic_return], [length])
+        run.stop_if_not_finite(errors)
+
+        # [D] log: one point for many episodes, each the mean since the last
+        if run.log_is_due():
+            run.log("charts", epsilon=epsilon)
+            run.log("losses", td_error=errors / (run.step - logged_step))
+            errors = 0.0
+            logged_step = run.step
+    env.close()
+    return run.finish()
+
+
+# ---- From here on: the run folder (save, resume, evaluate, film). The same text in every script. ----
+# Here without PyTorch, whose import takes longer than the whole training: the calls and the promises are the
+# same, and so is the text of every function that knows neither tensors nor vectors of environments.
+
+
+MAX_EVAL_STEPS = 30_000  # longest evaluation episode
+MAX_TABLE = 10_000_000  # most entries of the table
+# The Hugging Face Deep RL course judges Taxi by these start seeds.
+TAXI_SEEDS = (
+    "16,54,165,177,191,191,120,80,149,178,48,38,6,125,174,73,50,172,100,148,146,6,25,40,68,148,49,167,9,97,"
+    "164,176,61,7,54,55,161,131,184,51,170,12,120,113,95,126,51,98,36,135,54,82,45,95,89,59,95,124,9,113,"
+    "58,85,51,134,121,169,105,21,30,11,50,65,12,43,82,145,152,97,106,55,31,85,38,112,102,168,123,97,21,83,"
+    "158,26,80,63,5,81,32,11,28,148"
+)
+RANGES = {  # smallest and largest value of every number in Args
+    "total_episodes": (1, 10**12),
+    "learning_rate": (1e-9, 1),
+    "lr_visits": (0, 1e9),
+    "gamma": (0, 1),
+    "max_epsilon": (0, 1),
+    "min_epsilon": (0, 1),
+    "decay_rate": (0, 1000),
+    "max_steps": (1, 10**9),
+    "seed": (0, 2**32 - 1),
+    "eval_episodes": (1, 1_000_000),
+    "checkpoint_every": (1, 10**12),
+}
+
+
+def number_states(env: gym.Env) -> gym.Env:
     """Number the observations that are tuples of integers, as in Blackjack; others stay as they are."""
     space = env.observation_space
     if not isinstance(space, gym.spaces.Tuple) or not all(isinstance(s, gym.spaces.Discrete) for s in space):
@@ -129,23 +277,17 @@ def flatten(env: gym.Env) -> gym.Env:
     return gym.wrappers.TransformObservation(env, lambda obs: int(np.ravel_multi_index(obs, sizes)), states)
 
 
-def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.vector.VectorEnv:
-    """N environments, stepped in turn in this process.
+def check_settings(args: Args) -> None:
+    """Refuse settings that cannot work together."""
+    if args.min_epsilon > args.max_epsilon:
+        fail(f"--min-epsilon {args.min_epsilon} is above --max-epsilon {args.max_epsilon}")
+    start_seeds(args, 1)  # ends here if --eval-seeds is no list
 
-    SAME_STEP: what ends is reset at once, so that a step is always a step of an episode.
-    Exit code 2 for an unknown environment and for spaces that this script cannot handle.
-    """
-    mode = {"autoreset_mode": AutoresetMode.SAME_STEP}
-    options = '{"is_slippery": false}' if args.env_id == "FrozenLake-v1" else "{}"
-    try:
-        kwargs = json.loads(options if args.env_kwargs is None else args.env_kwargs)
-        kwargs |= {"render_mode": render_mode, "wrappers": [flatten]}
-        envs = gym.make_vec(args.env_id, num_envs, "sync", vector_kwargs=mode, **kwargs)
-    except Exception as error:  # environments refuse options in many ways
-        near = ", ".join(difflib.get_close_matches(args.env_id, gym.registry, cutoff=0.5)) or "none"
-        reason = f"{type(error).__name__} {error}"
-        fail(f"cannot make the environment {args.env_id} (nearest known names: {near}): {reason}")
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+
+def check_spaces(args: Args, env: gym.Env) -> None:
+    """Refuse environments that this script cannot handle, and name the script that can."""
+    obs_space = env.observation_space
+    action_space = env.action_space
     if isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) > 1:
         fail(f"{args.env_id} has images, this script reads integers: dqn_atari.py plays Atari games")
     if isinstance(action_space, gym.spaces.Box):
@@ -157,43 +299,33 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
         fail(f"no script handles {args.env_id} with observations {obs_space} and actions {action_space}")
     if obs_space.n * action_space.n > MAX_TABLE:
         fail(f"{obs_space.n} states with {action_space.n} actions each are too many for a table")
-    return envs
+    if args.capture_video and "rgb_array" not in (env.metadata.get("render_modes") or []):
+        fail(f"{args.env_id} draws no pictures: leave out --capture-video")
 
 
-def greedy_action(row, rng=None):
-    """The best action. row: A values. Equally good ones are drawn with rng, without it the first one wins."""
-    best = max(row)
-    # [Trick 2] Before anything is learned all values of a state are 0. The first action each time would walk
-    # into the same wall again and again in training, in evaluation for ever (Sutton and Barto, section 2.4).
-    # Ablate: --no-random-ties
-    if rng is None or row.count(best) == 1:
-        return row.index(best)
-    return rng.choice([action for action, value in enumerate(row) if value == best])
+def load_policy(args: Args, env: gym.Env, run_dir: Path):
+    """The greedy policy of a run, a function of a state to an action, and its checkpoint."""
+    checkpoint = load_checkpoint(run_dir, int(env.observation_space.n), int(env.action_space.n))
+    rng = random.Random(args.seed) if args.random_ties else None
+
+    def policy(state: int) -> int:
+        return greedy_action(checkpoint["q_table"][state], rng)
+
+    return policy, checkpoint
 
 
-def epsilon_at(episode, max_epsilon, min_epsilon, decay_rate):
-    """The share of random actions in an episode, counted from 0: equation (6)."""
-    return min_epsilon + (max_epsilon - min_epsilon) * math.exp(-decay_rate * episode)  # (6)
-
-
-def td_target(reward, next_row, terminated, gamma):
-    """What Q(s,a) should have said, equation (7): (4) for one try. next_row: A values of the next state."""
-    # A time limit is no failure: only `terminated` means "worth nothing from here".
-    return reward if terminated else reward + gamma * max(next_row)  # (7)
-
-
-def step_size(learning_rate, visits, lr_visits):
-    """The learning rate of a pair (s,a) seen `visits` times before, equation (10)."""
-    # [Trick 1] Where chance decides, the same action brings now this, now that, and a constant rate runs
-    # after the last few throws for ever. Values settle at the mean if the rates of a pair add up to infinity
-    # (any start is forgotten) and their squares do not (the noise dies away): the conditions of Robbins and
-    # Monro, https://doi.org/10.1214/aoms/1177729586. Rates like 1/n meet both. Off by default, for without
-    # chance there is nothing to average; try: --lr-visits 100
-    return learning_rate / (1 + visits / lr_visits) if lr_visits else learning_rate  # (10)
-
-
-# What follows down to `train` keeps the promises about run folders and is nearly the same in every script: a
-# first reading may skip it.
+def start_seeds(args: Args, episodes: int) -> list[int]:
+    """Start seeds of the evaluation episodes; a list that is too short begins again."""
+    text = args.eval_seeds or (TAXI_SEEDS if args.env_id.startswith("Taxi-v") else None)
+    if text is None:
+        seeds = []
+        for first in range(0, episodes, 20):  # as the other scripts, which play 20 episodes at a time
+            seeds += env_seeds(20, args.seed, 1, first)
+        return seeds[:episodes]
+    seeds = [seed for seed in text.split(",") if seed]
+    if not seeds or not all(seed.isdecimal() and len(seed) < 11 and int(seed) < 2**32 for seed in seeds):
+        fail(f"--eval-seeds must be a list like 16,54,165 of numbers below 2**32, not {text}")
+    return [int(seeds[i % len(seeds)]) for i in range(episodes)]
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -204,18 +336,55 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 def parse_args() -> Args:
     """Read the command line. With --resume or --evaluate, the defaults are the arguments of that run."""
-    args = tyro.cli(Args)
-    if folder := args.resume or args.evaluate:
-        try:
-            saved = json.loads((Path(folder) / "args.json").read_text())
-            del saved["versions"]
-            saved |= {} if args.resume else {"capture_video": False, "track": False}
-            args = tyro.cli(Args, default=Args(**saved))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            fail(f"{folder} is no run folder of {Path(__file__).name}: {type(error).__name__} {error}")
-        if args.eval_episodes < 1:
-            fail("--eval-episodes must be at least 1")
+    args = read_command_line(Args())
+    folder = args.resume or args.evaluate
+    if not folder:
+        return args
+    try:
+        saved = json.loads((Path(folder) / "args.json").read_text())
+        del saved["versions"]
+        if args.evaluate:
+            saved |= {"capture_video": False, "track": False}
+        defaults = Args(**saved)
+        module = defaults.env_id.rpartition(":")[0]
+    except Exception as error:  # damaged files and foreign files fail in many ways
+        fail(f"{folder} is no run folder of {Path(__file__).name}: {type(error).__name__} {error}")
+    named = args.env_id
+    args = read_command_line(defaults)
+    # To make module:id imports the module, and imports run code: a file from a stranger must not choose it.
+    if module and not module.startswith("envs.") and args.env_id == defaults.env_id != named:
+        fail(f"the run's environment runs code of the module {module}: allow it with --env-id {args.env_id}")
     return args
+
+
+def read_command_line(defaults: Args) -> Args:
+    """tyro's reading of the command line; what it cannot read ends with one line and exit code 2."""
+    errors = io.StringIO()
+    try:
+        with redirect_stderr(errors):
+            return tyro.cli(Args, default=defaults)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        fail("".join(letter for letter in errors.getvalue() if not "─" <= letter <= "╿"))
+
+
+def check_args(args: Args) -> None:
+    """End with one line and exit code 2 if a setting is out of range or the environment does not serve."""
+    for name, (low, high) in RANGES.items():
+        number = getattr(args, name)
+        # Written so that NaN, which compares with nothing, is out of range too.
+        if not (isinstance(number, int | float) and low <= number <= high):
+            fail(f"--{name.replace('_', '-')} {number} is not between {low:,} and {high:,}")
+    check_settings(args)
+    try:
+        env = make_env(args)
+    except Exception as error:  # environments refuse their options in many ways
+        near = ", ".join(difflib.get_close_matches(str(args.env_id), gym.registry, cutoff=0.5)) or "none"
+        reason = f"(nearest known names: {near}): {type(error).__name__} {error}"
+        fail(f"cannot make the environment {args.env_id} {reason}")
+    check_spaces(args, env)
+    env.close()
 
 
 def env_seeds(num_envs: int, *key: int) -> list[int]:
@@ -223,28 +392,160 @@ def env_seeds(num_envs: int, *key: int) -> list[int]:
     return np.random.SeedSequence(key).generate_state(num_envs).tolist()
 
 
-def start_seeds(args: Args, num_envs: int, first: int) -> list[int]:
-    """Start seeds of the evaluation episodes from number `first` on; a list too short begins again."""
-    text = args.eval_seeds or (TAXI_SEEDS if args.env_id.startswith("Taxi-v") else None)
-    if text is None:
-        return env_seeds(num_envs, args.seed, 1, first)
-    if not text.replace(",", "").isdecimal():
-        fail(f"--eval-seeds {text} is no list like 16,54,165")
-    seeds = [int(seed) for seed in text.split(",") if seed]
-    return [seeds[i % len(seeds)] for i in range(first, first + num_envs)]
+class Run:
+    """A training run and its folder: counters, clock, charts, progress bar, Ctrl-C and checkpoints.
+
+    step, episodes: how many have been played. stopped: the signals that came, filled by Ctrl-C.
+    """
+
+    def __init__(self, args: Args, budget: int, q_table: list, visits: list, rng: random.Random) -> None:
+        """budget: in episodes. q_table, visits: (|S|, |A|). --resume fills them, and rng, from the folder."""
+        self.args = args
+        self.budget = budget
+        self.q_table = q_table
+        self.visits = visits
+        self.rng = rng
+        self.step = 0
+        self.episodes = 0
+        self.recent_returns = deque(maxlen=100)
+        self.curve = []  # the points of the learning curve: episodes, mean episodic return
+        self.returns = []  # of the episodes that ended since the last point of the charts
+        self.lengths = []
+        self.stopped = []
+        seconds = 0.0
+        if args.resume:
+            saved = load_checkpoint(Path(args.resume), len(q_table), len(q_table[0]))
+            self.step = saved["global_step"]
+            self.episodes = saved["episodes"]
+            self.recent_returns.extend(saved["recent_returns"])
+            self.curve = saved["curve"]
+            seconds = saved["wall_time_s"]
+            q_table[:] = saved["q_table"]
+            visits[:] = saved["visits"]
+            rng.setstate((3, tuple(saved["rng_state"]), None))
+        # So that the loop ends where everything can be saved; clusters send SIGTERM.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: self.stopped.append(number))
+        self.dir, self.lock = open_folder(args)
+        # Called through its module, because Weights & Biases replaces the class there.
+        self.writer = event_file_writer.EventFileWriter(str(self.dir))
+        if args.resume:
+            # TensorBoard drops what a killed run logged beyond its last checkpoint: those steps come again.
+            start = SessionLog(status=SessionLog.START)
+            self.writer.add_event(Event(wall_time=time.time(), step=self.step + 1, session_log=start))
+        self.log_every = min(max(1, budget // 100), 1000)
+        bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}{postfix}]"
+        done = self.episodes
+        self.bar = tqdm(total=budget, initial=done, unit="episodes", unit_scale=True, bar_format=bar_format)
+        self.save_beyond = -1  # the step after which the next checkpoint is due
+        self.started = time.perf_counter() - seconds
+
+    def goes_on(self, size: int) -> bool:
+        """Whether the budget allows `size` more. Saves when that is due, and always before the end."""
+        ends = bool(self.stopped) or self.episodes + size > self.budget
+        if ends or self.step > self.save_beyond:
+            self.save()
+        return not ends
+
+    def save(self) -> None:
+        """Write q_table.npz: numbers and lists of numbers only."""
+        checkpoint = {
+            "global_step": self.step,
+            "episodes": self.episodes,
+            "wall_time_s": time.perf_counter() - self.started,
+            "recent_returns": list(self.recent_returns),
+            "curve": np.reshape(self.curve, (-1, 2)),
+            "rng_state": self.rng.getstate()[1],
+            "q_table": self.q_table,
+            "visits": self.visits,
+        }
+        save_checkpoint(self.dir, checkpoint)
+        self.writer.flush()
+        # Save again before an episode that could end more than checkpoint_every steps after this checkpoint.
+        self.save_beyond = self.step + self.args.checkpoint_every - self.args.max_steps
+
+    def episodes_ended(self, returns, lengths) -> None:
+        """Count episodes that ended. returns: sums of their rewards, lengths: in steps; both (n,)."""
+        self.returns += returns
+        self.lengths += lengths
+        self.recent_returns += returns
+        self.episodes += len(returns)
+
+    def stop_if_not_finite(self, value) -> None:
+        """End with exit code 1 if the sum of the errors is NaN or infinite."""
+        if not math.isfinite(value):
+            self.bar.close()
+            fail(f"the error is {value} at step {self.step}; the last checkpoint is good", code=1)
+
+    def log_is_due(self) -> bool:
+        """Whether a point of the charts is due: a hundred a run, one per 1,000 episodes, one at the end."""
+        return self.episodes % self.log_every == 0 or self.episodes == self.budget or bool(self.stopped)
+
+    def log(self, group: str, **values) -> None:
+        """One point of each chart. With "charts" go the episodes since the last point, the speed, the bar."""
+        if group == "charts":
+            speed = self.step / (time.perf_counter() - self.started)
+            values["episodic_return"] = sum(self.returns) / len(self.returns)
+            values["episodic_length"] = sum(self.lengths) / len(self.lengths)
+            values["SPS"] = speed
+            self.curve.append((self.episodes, values["episodic_return"]))
+            self.returns.clear()
+            self.lengths.clear()
+            recent = np.mean(self.recent_returns)
+            self.bar.set_postfix_str(f"return {recent:.2f}, {speed:,.0f} steps/s", refresh=False)
+            self.bar.update(self.episodes - self.bar.n)
+        # Written by hand, because PyTorch's SummaryWriter would import PyTorch.
+        points = [Summary.Value(tag=f"{group}/{name}", simple_value=value) for name, value in values.items()]
+        self.writer.add_event(Event(wall_time=time.time(), step=self.step, summary=Summary(value=points)))
+
+    def finish(self) -> dict:
+        """Close everything; then evaluate and write results.json, or end here after Ctrl-C."""
+        self.bar.close()
+        self.writer.close()
+        if self.stopped:
+            print(f"interrupted and saved, go on with --resume {self.dir}", file=sys.stderr)
+            raise SystemExit(128 + self.stopped[0])
+        leave_at_once()
+        draw_policy(self.args, self.dir)
+        results = evaluate(self.args, self.dir)
+        write_file(self.dir / "results.json", json.dumps(results, indent=2).encode())
+        self.lock.close()
+        if self.args.track:
+            import wandb
+
+            wandb.log({"policy": wandb.Image(str(self.dir / "policy.png"))})
+            if self.args.capture_video:
+                wandb.log({"replay": wandb.Video(str(self.dir / "replay.mp4"))})
+            wandb.finish()
+        return results
 
 
-def start_run(args: Args, global_step: int) -> tuple[Path, event_file_writer.EventFileWriter]:
-    """Make the run folder with args.json; open TensorBoard and, with --track, Weights & Biases."""
+def open_folder(args: Args) -> tuple[Path, IO]:
+    """Make the run folder with args.json and lock it; with --track, join Weights & Biases.
+
+    Returns the folder and its open lock file: the lock holds until that file is closed or the process ends.
+    """
     name = f"{args.env_id}__{Path(__file__).stem}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.resume or args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
-    if not args.resume and any((run_dir / name).exists() for name in ("checkpoint.pt", "q_table.npz")):
-        fail(f"{run_dir} holds a run already: --resume {run_dir} goes on with it")
-    versions = {package: version(package) for package in ("gymnasium", "numpy")}
+    default = "runs/" + name.replace("/", "-").replace(":", "-")
+    run_dir = Path(args.resume or args.run_dir or default)
+    versions = {name: version(name) for name in ("torch", "gymnasium", "numpy") if name in sys.modules}
     saved = asdict(args) | {"resume": None, "evaluate": None, "versions": versions}
     try:
+        copy = 1
+        while not (args.resume or args.run_dir) and not is_new(run_dir):  # another run began in this second
+            copy += 1
+            run_dir = Path(f"{default}-{copy}")
         run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / ".lock", "w")
+        if os.name == "posix":
+            import fcntl  # here, because Windows has none
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not args.resume and any((run_dir / name).exists() for name in ("checkpoint.pt", "q_table.npz")):
+            fail(f"{run_dir} holds a run already: --resume {run_dir} goes on with it")
         write_file(run_dir / "args.json", json.dumps(saved, indent=2).encode())
+    except BlockingIOError:
+        fail(f"another process is training in {run_dir}")
     except OSError as error:
         fail(f"cannot write the run folder: {error}")
     if args.track:
@@ -253,19 +554,16 @@ def start_run(args: Args, global_step: int) -> tuple[Path, event_file_writer.Eve
         names = {"name": run_dir.name, "id": run_dir.name, "resume": "allow", "dir": run_dir}
         project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
         wandb.init(**names, **project, sync_tensorboard=True)
-    # TensorBoard drops what a killed run logged beyond its last checkpoint, before those steps come again.
-    # Called through its module, because Weights & Biases replaces the class there.
-    writer = event_file_writer.EventFileWriter(str(run_dir))
-    if args.resume:
-        start = SessionLog(status=SessionLog.START)
-        writer.add_event(Event(wall_time=time.time(), step=global_step + 1, session_log=start))
-    return run_dir, writer
+    return run_dir, lock
 
 
-def add_scalars(writer, step: int, scalars: dict[str, float]) -> None:
-    """Write one point of each chart, without PyTorch, whose import takes longer than the whole training."""
-    values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-    writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+def is_new(path: Path) -> bool:
+    """Make a folder; whether it did not exist before."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -282,85 +580,108 @@ def save_checkpoint(run_dir: Path, checkpoint: dict) -> None:
     write_file(run_dir / "q_table.npz", buffer.getvalue())
 
 
-def load_checkpoint(run_dir: str | Path, envs: gym.vector.VectorEnv) -> dict:
+def load_checkpoint(run_dir: str | Path, num_states: int, num_actions: int) -> dict:
     """Read q_table.npz as plain numbers and lists. Runs no code from it."""
     path = Path(run_dir) / "q_table.npz"
-    names = "q_table visits curve recent_returns rng_state global_step episodes wall_time_s"
-    shape = (envs.single_observation_space.n, envs.single_action_space.n)
+    dimensions = {"global_step": 0, "episodes": 0, "wall_time_s": 0, "recent_returns": 1, "rng_state": 1}
+    dimensions |= {"curve": 2, "q_table": 2, "visits": 2}
+    checkpoint = {}
     try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():
+                raise ValueError("the file is damaged: its checksum is wrong")
         with np.load(path, allow_pickle=False) as file:
-            checkpoint = {name: file[name].tolist() for name in names.split()}
+            for name, ndim in dimensions.items():
+                values = file[name]
+                if values.ndim != ndim or values.dtype.kind not in "if" or not np.isfinite(values).all():
+                    raise ValueError(f"{name} does not hold the numbers it should")
+                checkpoint[name] = values.tolist()
         for name in ("q_table", "visits"):
-            if np.shape(checkpoint[name]) != shape:
-                raise ValueError(f"{name} is {np.shape(checkpoint[name])}, the environment needs {shape}")
+            if np.shape(checkpoint[name]) != (num_states, num_actions):
+                needed = f"the environment needs {(num_states, num_actions)}"
+                raise ValueError(f"{name} is {np.shape(checkpoint[name])}, {needed}")
         random.Random().setstate((3, tuple(checkpoint["rng_state"]), None))
     except Exception as error:  # damaged files and foreign files fail in many ways
         fail(f"cannot use {path}: {type(error).__name__} {error}")
     return checkpoint
 
 
-def load_policy(args: Args, envs: gym.vector.VectorEnv, run_dir: Path):
-    """The greedy policy of a run, a function of observations (N,) to actions (N,), and its checkpoint."""
-    checkpoint = load_checkpoint(run_dir, envs)
-    rng = random.Random(args.seed) if args.random_ties else None
-
-    def policy(obs: np.ndarray) -> np.ndarray:
-        return np.array([greedy_action(checkpoint["q_table"][state], rng) for state in obs])
-
-    return policy, checkpoint
+def leave_at_once() -> None:
+    """From now on Ctrl-C and SIGTERM end the process without a traceback: nothing is left to be saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def evaluate(args: Args, run_dir: Path) -> dict:
     """Play episodes with the policy in the run folder, print the summary, return what results.json holds.
 
-    Each environment plays one episode a round and waits for the others: to take the first episodes that end
-    would favour short ones. A greedy policy may walk in circles for ever; MAX_EVAL_STEPS ends its episode.
+    A greedy policy may walk in circles for ever; MAX_EVAL_STEPS ends its episode.
     """
-    envs = make_envs(args, min(args.eval_episodes, 20))
-    policy, checkpoint = load_policy(args, envs, run_dir)
-    returns = np.zeros(0)
-    while len(returns) < args.eval_episodes:
-        obs, _ = envs.reset(seed=start_seeds(args, envs.num_envs, len(returns)))
-        totals, playing, steps = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool), 0
-        while playing.any() and steps < MAX_EVAL_STEPS:
-            obs, rewards, terminated, truncated, _ = envs.step(policy(obs))
-            totals += rewards * playing
-            playing &= ~(terminated | truncated)
+    check_args(args)
+    leave_at_once()
+    env = make_env(args)
+    policy, checkpoint = load_policy(args, env, run_dir)
+    returns = []
+    bar = tqdm(total=args.eval_episodes, desc="evaluation", unit=" episodes", leave=False, delay=2)
+    for seed in start_seeds(args, args.eval_episodes):
+        state, _ = env.reset(seed=seed)
+        total = 0.0
+        steps = 0
+        ended = False
+        while not ended and steps < MAX_EVAL_STEPS:
+            state, reward, terminated, truncated, _ = env.step(policy(state))
+            total += float(reward)
+            ended = terminated or truncated
             steps += 1
-        returns = np.append(returns, totals)
-    envs.close()
+        returns.append(total)
+        bar.update()
+    bar.close()
+    env.close()
     if args.capture_video:
         record_video(args, policy, run_dir / "replay.mp4")
-    returns = returns[: args.eval_episodes]
-    mean, std = float(returns.mean()), float(returns.std())
-    steps, seconds = checkpoint["global_step"], checkpoint["wall_time_s"]
+    mean = float(np.mean(returns))
+    std = float(np.std(returns))
+    steps = checkpoint["global_step"]
+    seconds = checkpoint["wall_time_s"]
     speed = steps / max(seconds, 1e-9)
     print(
         f"{args.env_id}, seed {args.seed}: {mean:.2f} ± {std:.2f} over {len(returns)} episodes "
         f"after {steps:,} steps, {seconds:.1f} s, {speed:,.0f} steps/s: {run_dir}"
     )
-    results = {"algo": Path(__file__).stem, "env_id": args.env_id, "seed": args.seed, "global_step": steps}
-    results |= {"episodes": checkpoint["episodes"], "mean_reward": mean, "std_reward": std}
-    results |= {"score": mean - std, "eval_episodes": len(returns)}
-    return results | {"wall_time_s": seconds, "steps_per_second": speed}
+    return {
+        "algo": Path(__file__).stem,
+        "env_id": args.env_id,
+        "seed": args.seed,
+        "global_step": steps,
+        "episodes": checkpoint["episodes"],
+        "mean_reward": mean,
+        "std_reward": std,
+        "score": mean - std,
+        "eval_episodes": len(returns),
+        "wall_time_s": seconds,
+        "steps_per_second": speed,
+    }
 
 
 def record_video(args: Args, policy, path: Path) -> None:
-    """Film one episode from the first evaluation seed. All its frames at once would fill the memory."""
+    """Film one episode from the first evaluation seed, frame by frame: all at once would fill the memory."""
     from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter  # here, because it is slow to import
 
-    envs = make_envs(args, 1, render_mode="rgb_array")
-    obs, _ = envs.reset(seed=start_seeds(args, 1, 0))
-    frame, temporary = envs.render()[0], path.with_name("tmp-" + path.name)
-    size, fps = (frame.shape[1], frame.shape[0]), envs.metadata.get("render_fps", 30)
-    with FFMPEG_VideoWriter(str(temporary), size, fps) as film:
+    env = make_env(args, render_mode="rgb_array")
+    state, _ = env.reset(seed=start_seeds(args, 1)[0])
+    frame = env.render()
+    temporary = path.with_name("tmp-" + path.name)
+    fps = env.metadata.get("render_fps", 30)
+    with FFMPEG_VideoWriter(str(temporary), (frame.shape[1], frame.shape[0]), fps) as film:
         film.write_frame(frame)
-        ended, steps = False, 0
+        ended = False
+        steps = 0
         while not ended and steps < MAX_EVAL_STEPS:
-            obs, _, terminated, truncated, _ = envs.step(policy(obs))
-            film.write_frame(envs.render()[0])
-            ended, steps = terminated[0] or truncated[0], steps + 1
-    envs.close()
+            state, _, terminated, truncated, _ = env.step(policy(state))
+            film.write_frame(env.render())
+            ended = terminated or truncated
+            steps += 1
+    env.close()
     os.replace(temporary, path)
 
 
@@ -368,141 +689,53 @@ def draw_policy(args: Args, run_dir: Path) -> None:
     """Draw what was learned as policy.png: the map with its arrows, or the table; and the learning curve."""
     from matplotlib.figure import Figure  # here, because it is slow to import
 
-    envs = make_envs(args, 1)
-    checkpoint, env = load_checkpoint(run_dir, envs), envs.unwrapped.envs[0].unwrapped
-    q_table = np.array(checkpoint["q_table"])  # (S, A)
+    env = make_env(args)
+    checkpoint = load_checkpoint(run_dir, int(env.observation_space.n), int(env.action_space.n))
+    q_table = np.array(checkpoint["q_table"])  # (|S|, |A|)
+    lake = env.unwrapped
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    if type(env).__name__ == "FrozenLakeEnv":
-        values = q_table.max(1).reshape(env.desc.shape)  # (2), of the greedy policy
+    if type(lake).__name__ == "FrozenLakeEnv":
+        values = q_table.max(1).reshape(lake.desc.shape)  # V(s) = max_a Q(s,a)
         image = left.imshow(values)
-        for (row, column), tile in np.ndenumerate(env.desc.astype(str)):
-            best = q_table[row * env.ncol + column]
+        for (row, column), tile in np.ndenumerate(lake.desc.astype(str)):
+            best = q_table[row * lake.ncol + column]
             arrow = "·" if best.max() == best.min() else "←↓→↑"[best.argmax()]
+            arrow += f"\n{best.max():.2f}"
             dark = values[row, column] < (values.min() + values.max()) / 2
-            text = {"F": arrow, "S": "start\n" + arrow, "H": "hole", "G": "goal"}[tile]
+            text = {"F": arrow, "S": f"start {arrow}", "H": "hole", "G": "goal"}[tile]
             left.text(column, row, text, ha="center", va="center", color="white" if dark else "black")
-        left.set(title="greedy actions and values of the states", xticks=[], yticks=[])
+        left.set(title="greedy actions and the discounted return they promise", xticks=[], yticks=[])
     else:
         image = left.imshow(q_table, aspect="auto", interpolation="nearest")
         left.set(title="the table", xlabel="action", ylabel="state", xticks=range(q_table.shape[1]))
     figure.colorbar(image, ax=left)
     if checkpoint["curve"]:
         right.plot(*zip(*checkpoint["curve"], strict=True))
-    right.set(title="learning curve", xlabel="episode", ylabel="mean return")
+    right.set(title="learning curve", xlabel="episode", ylabel="mean episodic return")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     write_file(run_dir / "policy.png", buffer.getvalue())
-    envs.close()
-
-
-def train(args: Args) -> dict:
-    """Train, evaluate, leave the run folder behind; returns what results.json holds."""
-    sizes = (args.total_episodes, args.max_steps, args.checkpoint_every, args.eval_episodes)
-    if min(sizes) < 1 or args.seed < 0:
-        fail("every number and interval must be at least 1, the seed at least 0")
-    if not 0 < args.learning_rate <= 1 or not 0 <= args.gamma <= 1:
-        fail("--learning-rate must be above 0 and at most 1, --gamma between 0 and 1")
-    if not 0 <= args.min_epsilon <= args.max_epsilon <= 1 or args.decay_rate < 0 or args.lr_visits < 0:
-        fail("0 ≤ --min-epsilon ≤ --max-epsilon ≤ 1 and neither --decay-rate nor --lr-visits below 0")
-    start_seeds(args, 1, 0)  # ends here if --eval-seeds is no list
-    envs = make_envs(args, 1)
-    env = envs.unwrapped.envs[0]  # one integer at a time is done faster without a vector around it
-    S, A = int(envs.single_observation_space.n), int(envs.single_action_space.n)
-    # Lists instead of arrays: for one number at a time, Python is faster than NumPy.
-    q_table, visits = [[0.0] * A for _ in range(S)], [[0] * A for _ in range(S)]  # (3), (S, A)
-    rng = random.Random(args.seed)
-    global_step, episodes, wall_time_s, recent_returns, curve = 0, 0, 0.0, deque(maxlen=100), []
-    if args.resume:
-        saved = load_checkpoint(Path(args.resume), envs)
-        global_step, episodes, wall_time_s = saved["global_step"], saved["episodes"], saved["wall_time_s"]
-        recent_returns.extend(saved["recent_returns"])
-        q_table, visits, curve = saved["q_table"], saved["visits"], saved["curve"]
-        rng.setstate((3, tuple(saved["rng_state"]), None))
-    interrupted = []  # filled by Ctrl-C, so that the loop ends where everything can be saved
-    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
-    run_dir, writer = start_run(args, global_step)
-
-    ties_rng = rng if args.random_ties else None
-    log_every = min(max(1, args.total_episodes // 100), 1000)
-    returns, lengths, errors = [], [], 0.0  # since the last point of the charts
-    # Environments cannot be saved: a resumed run goes on from new seeds.
-    env.reset(seed=env_seeds(1, args.seed, 0, global_step)[0])
-    bar = tqdm(total=args.total_episodes, initial=episodes, unit=" episodes", unit_scale=True)
-    saved_step, started = -args.checkpoint_every, time.perf_counter() - wall_time_s
-    while True:
-        finished = episodes >= args.total_episodes
-        # One more episode without saving, and a kill would cost more than checkpoint_every steps.
-        if finished or interrupted or global_step + args.max_steps > saved_step + args.checkpoint_every:
-            wall_time_s = time.perf_counter() - started
-            state = {"global_step": global_step, "episodes": episodes, "wall_time_s": wall_time_s}
-            state |= {"recent_returns": list(recent_returns), "rng_state": rng.getstate()[1]}
-            state |= {"q_table": q_table, "visits": visits, "curve": curve}
-            save_checkpoint(run_dir, state)
-            writer.flush()
-            saved_step = global_step
-        if finished or interrupted:
-            break
-
-        # [A] explore
-        epsilon = epsilon_at(episodes, args.max_epsilon, args.min_epsilon, args.decay_rate)
-        observation, _ = env.reset()
-        episodic_return, length, terminated, truncated = 0.0, 0, False, False
-        while not (terminated or truncated or length == args.max_steps):
-            # [B] act
-            row = q_table[observation]  # (A,)
-            action = rng.randrange(A) if rng.random() < epsilon else greedy_action(row, ties_rng)  # (5)
-            seen = visits[observation]  # (A,)
-            observation, reward, terminated, truncated, _ = env.step(action)
-
-            # [C] learn
-            error = td_target(reward, q_table[observation], terminated, args.gamma) - row[action]  # (8)
-            row[action] += step_size(args.learning_rate, seen[action], args.lr_visits) * error  # (9)
-            seen[action] += 1
-            errors += abs(error)
-            episodic_return += reward
-            length += 1
-        global_step += length
-        episodes += 1
-        returns.append(float(episodic_return))
-        lengths.append(length)
-        recent_returns.append(returns[-1])
-        if not math.isfinite(errors):
-            bar.close()
-            fail(f"the error is {error} at step {global_step}; the last checkpoint is good", code=1)
-
-        # [D] log: one point for many episodes, each the mean since the last
-        if episodes % log_every == 0 or episodes == args.total_episodes or interrupted:
-            speed = global_step / (time.perf_counter() - started)
-            curve.append((episodes, sum(returns) / len(returns)))
-            scalars = {"charts/episodic_return": curve[-1][1], "charts/SPS": speed, "charts/epsilon": epsilon}
-            scalars["charts/episodic_length"] = sum(lengths) / len(lengths)
-            scalars["losses/td_error"] = errors / sum(lengths)
-            add_scalars(writer, global_step, scalars)
-            bar.set_postfix_str(f"return {np.mean(recent_returns):.2f}, {speed:,.0f} steps/s", refresh=False)
-            bar.update(episodes - bar.n)
-            returns, lengths, errors = [], [], 0.0
-
-    bar.close()
-    writer.close()
-    envs.close()
-    if interrupted:
-        print(f"interrupted and saved, go on with --resume {run_dir}", file=sys.stderr)
-        raise SystemExit(130)
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # all is saved, Ctrl-C may stop at once
-    draw_policy(args, run_dir)
-    results = evaluate(args, run_dir)
-    write_file(run_dir / "results.json", json.dumps(results, indent=2).encode())
-    if args.track:
-        import wandb
-
-        wandb.log({"policy": wandb.Image(str(run_dir / "policy.png"))})
-        if args.capture_video:
-            wandb.log({"replay": wandb.Video(str(run_dir / "replay.mp4"))})
-        wandb.finish()
-    return results
+    env.close()
 
 
 if __name__ == "__main__":
     args = parse_args()
-    evaluate(args, Path(args.evaluate)) if args.evaluate else train(args)
+    if args.evaluate:
+        evaluate(args, Path(args.evaluate))
+    else:
+        train(args)
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "numpy==2.4.6",
+#     "gymnasium[box2d,classic-control,mujoco,other,toy-text]==1.4.0",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "wandb==0.31.0",
+#     "tqdm==4.70.1",
+#     "moviepy==2.2.1",
+#     "matplotlib==3.11.2",
+# ]
+# ///
