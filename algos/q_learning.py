@@ -685,6 +685,20 @@ def record_video(args: Args, policy, path: Path) -> None:
     os.replace(temporary, path)
 
 
+def tiles_of(env: gym.Env) -> tuple[np.ndarray, str]:
+    """The names of a map's tiles, (rows, columns), and the arrows of its actions; (0,) if there is no map."""
+    game = env.unwrapped
+    if type(game).__name__ == "FrozenLakeEnv":
+        names = {"F": "", "S": "start", "H": "hole", "G": "goal"}
+        return np.vectorize(names.get)(game.desc.astype(str)), "←↓→↑"
+    if type(game).__name__ == "CliffWalkingEnv":
+        tiles = np.where(game._cliff, "cliff", "")
+        tiles[-1, 0] = "start"
+        tiles[-1, -1] = "goal"
+        return tiles, "↑→↓←"
+    return np.empty(0), ""
+
+
 def draw_policy(args: Args, run_dir: Path) -> None:
     """Draw what was learned as policy.png: the map with its arrows, or the table; and the learning curve."""
     from matplotlib.figure import Figure  # here, because it is slow to import
@@ -692,19 +706,19 @@ def draw_policy(args: Args, run_dir: Path) -> None:
     env = make_env(args)
     checkpoint = load_checkpoint(run_dir, int(env.observation_space.n), int(env.action_space.n))
     q_table = np.array(checkpoint["q_table"])  # (|S|, |A|)
-    lake = env.unwrapped
+    tiles, arrows = tiles_of(env)
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    if type(lake).__name__ == "FrozenLakeEnv":
-        values = q_table.max(1).reshape(lake.desc.shape)  # V(s) = max_a Q(s,a)
+    if tiles.size:
+        values = q_table.max(1).reshape(tiles.shape)  # V(s) = max_a Q(s,a)
         image = left.imshow(values)
-        for (row, column), tile in np.ndenumerate(lake.desc.astype(str)):
-            best = q_table[row * lake.ncol + column]
-            arrow = "·" if best.max() == best.min() else "←↓→↑"[best.argmax()]
-            arrow += f"\n{best.max():.2f}"
+        for (row, column), tile in np.ndenumerate(tiles):
+            best = q_table[row * tiles.shape[1] + column]
+            arrow = "·" if best.max() == best.min() else arrows[best.argmax()]
             dark = values[row, column] < (values.min() + values.max()) / 2
-            text = {"F": arrow, "S": f"start {arrow}", "H": "hole", "G": "goal"}[tile]
-            left.text(column, row, text, ha="center", va="center", color="white" if dark else "black")
+            text = tile if tile in ("hole", "cliff", "goal") else f"{tile} {arrow}\n{best.max():.2f}".strip()
+            style = {"color": "white" if dark else "black", "fontsize": 10 if tiles.shape[1] < 9 else 6}
+            left.text(column, row, text, ha="center", va="center", **style)
         left.set(title="greedy actions and the discounted return they promise", xticks=[], yticks=[])
     else:
         image = left.imshow(q_table, aspect="auto", interpolation="nearest")

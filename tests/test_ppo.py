@@ -552,13 +552,14 @@ def test_target_return_stops_after_100_episodes_that_reach_it(target, steps, tmp
     assert ppo.train(args)["global_step"] == steps
 
 
-def test_bad_settings_and_a_nan_end_the_training(tmp_path):
+def test_bad_settings_and_a_nan_end_the_training(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         ppo.train(small(tmp_path, total_timesteps=20))  # less than a rollout
     assert stop.value.code == 2
     with pytest.raises(SystemExit) as stop:
         ppo.train(small(tmp_path, env_id="Broken-v0", num_envs=1, num_minibatches=1))
     assert stop.value.code == 1
+    assert "at step 42" in capsys.readouterr().err  # NaN from step 40 on, rollouts of 7 steps
 
 
 def test_training_and_evaluation_share_no_seed(tmp_path):

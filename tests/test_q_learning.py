@@ -381,95 +381,6 @@ def test_an_episode_ends_where_the_environment_says(tmp_path, monkeypatch):
     assert results["global_step"] == 6 and results["episodes"] == 2 and results["mean_reward"] == 6.0
 
 
-# ---- What it must find ----
-
-
-@pytest.mark.parametrize("size", ["4x4", "8x8"])
-def test_values_of_the_lake(tmp_path, size):
-    # All actions at random, and still the values of the greedy policy: this is what off-policy means.
-    # Without slipping nothing is averaged, so that α = 1 is exact.
-    options = f'{{"map_name": "{size}", "is_slippery": false}}'
-    # On the large lake chance does not reach the goal: half of the actions are the best known ones.
-    epsilon, episodes = (1.0, 3000) if size == "4x4" else (0.5, 8000)
-    lake = {"env_kwargs": options, "max_epsilon": epsilon, "min_epsilon": epsilon, "learning_rate": 1.0}
-    results, q_table, visits = run(tmp_path, total_episodes=episodes, gamma=0.9, max_steps=200, **lake)
-    env = gym.make("FrozenLake-v1", **json.loads(options))
-    oracle = value_iteration(env, 0.9)
-    known = visits > 30
-    assert known.sum() > (40 if size == "4x4" else 100)
-    if size == "4x4":
-        np.testing.assert_allclose(q_table[known], oracle[known], atol=1e-6)
-    # Along the best path the goal is 6 or 14 steps away, then one less, …: γ^(distance − 1).
-    state, distance = 0, 6 if size == "4x4" else 14
-    while distance:
-        assert q_table[state].max() == pytest.approx(0.9 ** (distance - 1), abs=1e-6)
-        ((_, state, _, ended),) = env.unwrapped.P[state][int(q_table[state].argmax())]
-        distance -= 1
-    assert ended and results["mean_reward"] == 1.0
-
-
-def test_falling_rates_find_the_mean(tmp_path):
-    lake = {"env_kwargs": SLIPPERY, "max_epsilon": 1.0, "min_epsilon": 1.0, "gamma": 0.9}
-    lake |= {"total_episodes": 6_000, "learning_rate": 0.5}
-    oracle = value_iteration(gym.make("FrozenLake-v1"), 0.9)
-    errors = []
-    for lr_visits in (0, 100):
-        _, q_table, visits = run(tmp_path / str(lr_visits), lr_visits=lr_visits, **lake)
-        known = visits > 100
-        assert known.sum() >= 36
-        errors.append(np.abs(q_table - oracle)[known])
-    # The best value is 0.64. The constant rate ends 0.16 from the truth on average, the falling one 0.056.
-    assert errors[1].mean() < 0.07 and errors[1].max() < 0.25
-    assert errors[0].mean() > 2 * errors[1].mean()
-
-
-def test_taxi_learns_on_the_seeds_of_the_course(tmp_path):
-    taxi = {"env_id": "Taxi-v4", "decay_rate": 0.005, "eval_episodes": 100, "random_ties": False}
-    results, q_table, _ = run(tmp_path, total_episodes=2500, **taxi)
-    # Driving at random earns about −770, an agent that never gets there −200.
-    assert results["mean_reward"] > 5
-    env = gym.make("Taxi-v4")
-    returns = []
-    for seed in script.TAXI_SEEDS.split(","):
-        state, _ = env.reset(seed=int(seed))
-        total, ended = 0, False
-        while not ended:
-            state, reward, terminated, truncated, _ = env.step(int(q_table[state].argmax()))
-            total, ended = total + reward, terminated or truncated
-        returns.append(total)
-    assert results["mean_reward"] == pytest.approx(np.mean(returns))
-    assert results["score"] == pytest.approx(np.mean(returns) - np.std(returns))
-
-
-def test_blackjack_is_numbered(tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "draw_policy", draw_policy)
-    args = {"env_id": "Blackjack-v1", "learning_rate": 0.05, "gamma": 1.0, "decay_rate": 0.001}
-    results, q_table, visits = run(tmp_path, total_episodes=8000, eval_episodes=400, **args)
-    assert q_table.shape == (32 * 11 * 2, 2)
-    # Sums of 20 and 21 without an ace, whatever the dealer shows: state = (sum · 11 + card) · 2 + ace.
-    high = [(total * 11 + card) * 2 for total in (20, 21) for card in range(1, 11)]
-    assert visits[high].sum(1).min() > 0 and (q_table[high, 0] > q_table[high, 1]).mean() > 0.9
-    assert results["mean_reward"] > -0.25  # at random: −0.39
-    assert (tmp_path / "policy.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_default_run_solves_the_lake(tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "draw_policy", draw_policy)
-    from matplotlib.figure import Figure
-
-    shown = []
-
-    def save(figure, *args, **kwargs):
-        shown.extend(text.get_text() for text in figure.axes[0].texts)
-
-    monkeypatch.setattr(Figure, "savefig", save)
-    results = script.train(Args(seed=123, run_dir=str(tmp_path)))
-    assert results["score"] == results["mean_reward"] == 1.0 and results["eval_episodes"] == 100
-    # The docstring's .77 at the start; next to the goal 1; the shortest way is shown.
-    assert shown[0] in ("start ↓\n0.77", "start →\n0.77") and shown[14] == "→\n1.00"
-    assert shown[5] == "hole" and shown[15] == "goal"
-
-
 # ---- Evaluation and film ----
 
 
@@ -842,6 +753,95 @@ def test_options_of_the_lake():
     assert slips(env_kwargs="{}") == slips(env_kwargs=SLIPPERY) == (True, 16)
     assert slips(env_kwargs='{"map_name": "8x8", "is_slippery": false}') == (False, 64)
     assert slips(env_id="FrozenLake8x8-v1") == (True, 64)
+
+
+# ---- What it must find ----
+
+
+@pytest.mark.parametrize("size", ["4x4", "8x8"])
+def test_values_of_the_lake(tmp_path, size):
+    # All actions at random, and still the values of the greedy policy: this is what off-policy means.
+    # Without slipping nothing is averaged, so that α = 1 is exact.
+    options = f'{{"map_name": "{size}", "is_slippery": false}}'
+    # On the large lake chance does not reach the goal: half of the actions are the best known ones.
+    epsilon, episodes = (1.0, 3000) if size == "4x4" else (0.5, 8000)
+    lake = {"env_kwargs": options, "max_epsilon": epsilon, "min_epsilon": epsilon, "learning_rate": 1.0}
+    results, q_table, visits = run(tmp_path, total_episodes=episodes, gamma=0.9, max_steps=200, **lake)
+    env = gym.make("FrozenLake-v1", **json.loads(options))
+    oracle = value_iteration(env, 0.9)
+    known = visits > 30
+    assert known.sum() > (40 if size == "4x4" else 100)
+    if size == "4x4":
+        np.testing.assert_allclose(q_table[known], oracle[known], atol=1e-6)
+    # Along the best path the goal is 6 or 14 steps away, then one less, …: γ^(distance − 1).
+    state, distance = 0, 6 if size == "4x4" else 14
+    while distance:
+        assert q_table[state].max() == pytest.approx(0.9 ** (distance - 1), abs=1e-6)
+        ((_, state, _, ended),) = env.unwrapped.P[state][int(q_table[state].argmax())]
+        distance -= 1
+    assert ended and results["mean_reward"] == 1.0
+
+
+def test_falling_rates_find_the_mean(tmp_path):
+    lake = {"env_kwargs": SLIPPERY, "max_epsilon": 1.0, "min_epsilon": 1.0, "gamma": 0.9}
+    lake |= {"total_episodes": 6_000, "learning_rate": 0.5}
+    oracle = value_iteration(gym.make("FrozenLake-v1"), 0.9)
+    errors = []
+    for lr_visits in (0, 100):
+        _, q_table, visits = run(tmp_path / str(lr_visits), lr_visits=lr_visits, **lake)
+        known = visits > 100
+        assert known.sum() >= 36
+        errors.append(np.abs(q_table - oracle)[known])
+    # The best value is 0.64. The constant rate ends 0.16 from the truth on average, the falling one 0.056.
+    assert errors[1].mean() < 0.07 and errors[1].max() < 0.25
+    assert errors[0].mean() > 2 * errors[1].mean()
+
+
+def test_taxi_learns_on_the_seeds_of_the_course(tmp_path):
+    taxi = {"env_id": "Taxi-v4", "decay_rate": 0.005, "eval_episodes": 100, "random_ties": False}
+    results, q_table, _ = run(tmp_path, total_episodes=2500, **taxi)
+    # Driving at random earns about −770, an agent that never gets there −200.
+    assert results["mean_reward"] > 5
+    env = gym.make("Taxi-v4")
+    returns = []
+    for seed in script.TAXI_SEEDS.split(","):
+        state, _ = env.reset(seed=int(seed))
+        total, ended = 0, False
+        while not ended:
+            state, reward, terminated, truncated, _ = env.step(int(q_table[state].argmax()))
+            total, ended = total + reward, terminated or truncated
+        returns.append(total)
+    assert results["mean_reward"] == pytest.approx(np.mean(returns))
+    assert results["score"] == pytest.approx(np.mean(returns) - np.std(returns))
+
+
+def test_blackjack_is_numbered(tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "draw_policy", draw_policy)
+    args = {"env_id": "Blackjack-v1", "learning_rate": 0.05, "gamma": 1.0, "decay_rate": 0.001}
+    results, q_table, visits = run(tmp_path, total_episodes=8000, eval_episodes=400, **args)
+    assert q_table.shape == (32 * 11 * 2, 2)
+    # Sums of 20 and 21 without an ace, whatever the dealer shows: state = (sum · 11 + card) · 2 + ace.
+    high = [(total * 11 + card) * 2 for total in (20, 21) for card in range(1, 11)]
+    assert visits[high].sum(1).min() > 0 and (q_table[high, 0] > q_table[high, 1]).mean() > 0.9
+    assert results["mean_reward"] > -0.25  # at random: −0.39
+    assert (tmp_path / "policy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_default_run_solves_the_lake(tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "draw_policy", draw_policy)
+    from matplotlib.figure import Figure
+
+    shown = []
+
+    def save(figure, *args, **kwargs):
+        shown.extend(text.get_text() for text in figure.axes[0].texts)
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    results = script.train(Args(seed=123, run_dir=str(tmp_path)))
+    assert results["score"] == results["mean_reward"] == 1.0 and results["eval_episodes"] == 100
+    # The docstring's .77 at the start; next to the goal 1; the shortest way is shown.
+    assert shown[0] in ("start ↓\n0.77", "start →\n0.77") and shown[14] == "→\n1.00"
+    assert shown[5] == "hole" and shown[15] == "goal"
 
 
 # ---- The page ----
