@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import copy_block
 import counter_env  # noqa: F401 (registers small environments)
 import numpy as np
 import pytest
@@ -169,11 +170,11 @@ CASES = {
         ],
     ),
 }
-SCRIPTS = [name for name in CASES if (ALGOS / f"{name}.py").exists()]
+SCRIPTS = list(CASES)
 
 
 def test_every_script_is_held_to_its_promises():
-    assert sorted(path.stem for path in ALGOS.glob("*.py")) == sorted(SCRIPTS)
+    assert sorted(CASES) == sorted(copy_block.SCRIPTS)
 
 
 def call(name: str, *argv, monkeypatch, capfd) -> tuple[int, str, str]:
@@ -190,6 +191,7 @@ def call(name: str, *argv, monkeypatch, capfd) -> tuple[int, str, str]:
         code = end.code
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return code, *capfd.readouterr()
 
 
@@ -274,6 +276,46 @@ def test_a_film_shows_every_step_of_an_episode(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["replay.mp4"]
 
 
+def last_frame(path: Path) -> np.ndarray:
+    import imageio.v3 as iio
+
+    return iio.imread(path)[-1].astype(int)
+
+
+@pytest.mark.parametrize("name", ["ppo", "reinforce", "rnd_ppo"])
+@pytest.mark.parametrize("ending", ["terminated", "truncated"])
+def test_the_last_frame_is_that_of_the_last_step(name, ending, tmp_path):
+    """The counter is 10 brighter after each of its three steps; the next episode would begin in black."""
+    module = importlib.import_module(name)
+    args = module.Args(env_id=f"Counter-{ending}-v0")
+    module.record_video(args, lambda obs: np.zeros(1, dtype=int), tmp_path / "replay.mp4")
+    assert abs(last_frame(tmp_path / "replay.mp4").mean() - 30) < 4
+
+
+@pytest.mark.parametrize("env_id", ["envs.pixelcopter:Pixelcopter-v0", "MiniGrid-Empty-5x5-v0"])
+def test_a_film_shows_the_end_of_its_game(env_id, tmp_path):
+    """The same game played apart, without any reset: its last picture is that of the film."""
+    import gymnasium as gym
+
+    module = importlib.import_module("rnd_ppo" if "MiniGrid" in env_id else "reinforce")
+    actions = iter(np.random.default_rng(0).integers(2 if "copter" in env_id else 3, size=2000))
+    played = []
+    policy = lambda obs: played.append(next(actions)) or np.array(played[-1:])  # noqa: E731
+    args = module.Args(env_id=env_id)
+    module.record_video(args, policy, tmp_path / "replay.mp4")
+    (seed,) = module.env_seeds(1, args.seed, 1, 0)
+    env = gym.make(env_id, render_mode="rgb_array")
+    env.reset(seed=seed)
+    first = env.render().astype(int)
+    endings = [env.step(action)[2:4] for action in played]
+    assert not any(map(any, endings[:-1])) and any(endings[-1])
+    shown, last = last_frame(tmp_path / "replay.mp4"), env.render().astype(int)
+    rows, columns = shown.shape[:2]
+    difference = np.abs(shown - last[:rows, :columns]).mean()
+    assert difference < 6, "but for the film's compression"
+    assert difference < 0.5 * np.abs(shown - first[:rows, :columns]).mean() or "MiniGrid" in env_id
+
+
 def test_evaluate_reproduces_the_score_and_changes_nothing(finished_run):
     name, run_dir, out, _ = finished_run
     before = {path.name: (path.stat().st_mtime_ns, path.stat().st_size) for path in run_dir.iterdir()}
@@ -309,7 +351,10 @@ def test_resume_restores_everything(finished_run, tmp_path, monkeypatch, capfd):
     before = contents(tmp_path / "run" / CASES[name].checkpoint)
     code, _, err = call(name, "--resume", tmp_path / "run", monkeypatch=monkeypatch, capfd=capfd)
     assert code == 0, err
-    np.testing.assert_equal(contents(tmp_path / "run" / CASES[name].checkpoint), before)
+    after = contents(tmp_path / "run" / CASES[name].checkpoint)
+    for rates in (before, after):  # set anew from the flag and the schedule
+        rates.pop("/optimizer/param_groups/0/lr", None)
+    np.testing.assert_equal(after, before)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -412,38 +457,229 @@ def test_bad_input_is_one_line_and_exit_code_2(name, tmp_path, monkeypatch, capf
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_run_that_was_killed_before_its_first_checkpoint_can_be_begun_anew(
-    name, tmp_path, monkeypatch, capfd
-):
+def test_a_run_that_was_killed_before_its_first_checkpoint_can_be_begun_anew(name, tmp_path):
     module = importlib.import_module(name)
     args = module.Args(run_dir=str(tmp_path / "run"))
-    module.start_run(args, 0)[1].close()
-    module.start_run(args, 0)[1].close()
+    module.open_folder(args)[1].close()
+    module.open_folder(args)[1].close()
     assert json.loads((tmp_path / "run" / "args.json").read_text())["seed"] == args.seed
     for checkpoint in ("checkpoint.pt", "q_table.npz"):  # also that of another script
         (tmp_path / "run" / checkpoint).touch()
         with pytest.raises(SystemExit):
-            module.start_run(args, 0)
+            module.open_folder(args)
         (tmp_path / "run" / checkpoint).unlink()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+def test_no_two_runs_share_a_folder(name, tmp_path, monkeypatch, capfd):
+    """Neither by default, where a name has whole seconds only, nor by --run-dir, nor by --resume."""
+    module = importlib.import_module(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module.time, "strftime", lambda _: "20260131-120000")
+    opened = [module.open_folder(module.Args(seed=7)) for _ in range(3)]
+    names = [folder.name for folder, _ in opened]
+    assert len(set(names)) == 3 and [name.removeprefix(names[0]) for name in names] == ["", "-2", "-3"]
+    for flags in ({"run_dir": str(opened[0][0])}, {"resume": str(opened[0][0])}):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as refused:
+            module.open_folder(module.Args(**flags))
+        assert refused.value.code == 2 and "another process" in capfd.readouterr().err
+    for _, lock in opened:
+        lock.close()
+    module.open_folder(module.Args(resume=str(opened[0][0])))[1].close()
+
+
+def fresh_run(module, **flags):
+    """A Run whose parts have states, but learn nothing."""
+    if not hasattr(module, "torch"):
+        return module.Run(module.Args(**flags), budget=100)
+    agent = module.nn.Linear(2, 2)
+    optimizer = module.torch.optim.Adam(agent.parameters())
+    return module.Run(module.Args(**flags), budget=100, agent=agent, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("name", copy_block.WITH_TORCH)
 @pytest.mark.parametrize("saved_step", [0, 7])
 def test_a_resumed_run_takes_back_the_points_beyond_its_checkpoint(name, saved_step, tmp_path):
     module = importlib.import_module(name)
 
-    def log(steps, writer) -> None:
-        for step in steps:
-            if name == "q_learning":
-                module.add_scalars(writer, step, {"charts/x": step})
-            else:
-                writer.add_scalar("charts/x", step, step)
-        writer.close()
+    def log(run, steps) -> None:
+        for run.step in steps:
+            run.log("losses", x=run.step)
+        run.bar.close()
+        run.writer.close()
+        run.lock.close()
 
-    log((5, 10, 15), module.start_run(module.Args(run_dir=str(tmp_path / "run")), 0)[1])
-    log((10, 20), module.start_run(module.Args(resume=str(tmp_path / "run")), saved_step)[1])
-    steps = [step for step, _ in scalars(tmp_path / "run")["charts/x"]]
+    run = fresh_run(module, run_dir=str(tmp_path / "run"))
+    run.step = saved_step
+    run.save()
+    log(run, (5, 10, 15))
+    run = fresh_run(module, resume=str(tmp_path / "run"))
+    assert run.step == saved_step
+    log(run, (10, 20))
+    steps = [step for step, _ in scalars(tmp_path / "run")["losses/x"]]
     assert steps == ([5] if saved_step else []) + [10, 20]
+
+
+@pytest.mark.parametrize("name", copy_block.WITH_TORCH)
+def test_a_run_counts_saves_and_ends_as_it_should(name, tmp_path, monkeypatch):
+    """By hand: rollouts of 10 steps, a budget of 100, a checkpoint every 25 steps."""
+    module = importlib.import_module(name)
+    run = fresh_run(module, run_dir=str(tmp_path / "run"), checkpoint_every=25)
+    saved, save = [], run.save
+    monkeypatch.setattr(run, "save", lambda: saved.append(run.step) or save())
+    while run.goes_on(10):
+        run.step += 10
+        run.episodes_ended([float(run.step)], [3])
+    assert run.step == 100 and saved == [0, 20, 40, 60, 80, 100]
+    assert run.episodes == 10 and run.mean_return() == -np.inf
+    run.episodes_ended(np.arange(95.0), np.ones(95))
+    assert run.mean_return() == pytest.approx((np.arange(95).sum() + 60 + 70 + 80 + 90 + 100) / 100)
+    run.stop()
+    assert not run.goes_on(1)
+    run.budget = 1000
+    run.stopped.append(signal.SIGTERM)
+    assert not run.goes_on(1) and saved[-1] == 100
+    with pytest.raises(SystemExit) as stopped:
+        run.finish("cpu")
+    assert stopped.value.code == 143
+    unit = fresh_run(module, run_dir=str(tmp_path / "other"), checkpoint_every=25)
+    unit.unit = "episodes"
+    while unit.goes_on(4):
+        unit.step += 1000
+        unit.episodes_ended([0.0] * 4, [250] * 4)
+    assert unit.episodes == 100
+    unit.lock.close()
+
+
+@pytest.mark.parametrize("name", copy_block.WITH_TORCH)
+def test_weights_that_are_not_finite_replace_no_checkpoint(name, tmp_path, capfd):
+    module = importlib.import_module(name)
+    run = fresh_run(module, run_dir=str(tmp_path / "run"))
+    run.save()
+    good = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    run.parts["agent"].weight.data[0, 1] = float("nan")
+    with pytest.raises(SystemExit) as stopped:
+        run.save()
+    assert stopped.value.code == 1 and "nan at step 0" in capfd.readouterr().err
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == good
+
+
+@pytest.mark.parametrize("name", copy_block.WITH_TORCH)
+def test_resume_takes_the_learning_rate_that_is_given_now(name, tmp_path):
+    module = importlib.import_module(name)
+    run = fresh_run(module, run_dir=str(tmp_path / "run"))
+    run.save()
+    run.lock.close()
+    again = fresh_run(module, resume=str(tmp_path / "run"), learning_rate=0.0123)
+    assert [group["lr"] for group in again.parts["optimizer"].param_groups] == [0.0123]
+    again.lock.close()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_flipped_bit_is_a_line_or_changes_nothing(name, tmp_path, monkeypatch, capfd):
+    """Of a checkpoint's bits some are padding; no other may go unnoticed."""
+    case, module = CASES[name], importlib.import_module(name)
+    code, _, err = call(
+        name, *case.command, "--run-dir", tmp_path / "run", monkeypatch=monkeypatch, capfd=capfd
+    )
+    assert code == 0, err
+    path = tmp_path / "run" / case.checkpoint
+    whole, before = path.read_bytes(), contents(path)
+    rng, noticed = np.random.default_rng(0), 0
+    for position in rng.integers(len(whole), size=40):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            if name in copy_block.WITH_TORCH:
+                module.load_checkpoint(tmp_path / "run")
+            else:
+                env = module.make_env(module.Args(**saved_args(tmp_path / "run")))
+                sizes = (int(env.observation_space.n), int(env.action_space.n))
+                module.load_checkpoint(tmp_path / "run", *sizes)
+        except SystemExit as stop:
+            assert stop.code == 2
+            noticed += 1
+        else:
+            np.testing.assert_equal(contents(path), before)
+    assert noticed > 20
+
+
+def saved_args(run_dir: Path) -> dict:
+    saved = json.loads((run_dir / "args.json").read_text())
+    del saved["versions"]
+    return saved
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_strangers_folder_imports_no_module_of_his(name, tmp_path, monkeypatch, capfd):
+    """args.json may say module:id; only a user who repeats it lets the module run."""
+    (tmp_path / "his_task.py").write_text("raise SystemExit('his code ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module(name)
+    lock = module.open_folder(module.Args(env_id="his_task:Task-v0", run_dir=str(tmp_path / "run")))[1]
+    lock.close()
+    for flag in ("--evaluate", "--resume"):
+        code, _, err = call(name, flag, tmp_path / "run", monkeypatch=monkeypatch, capfd=capfd)
+        assert code == 2 and "--env-id his_task:Task-v0" in err
+        arguments = [flag, tmp_path / "run", "--env-id", "his_task:Task-v0"]
+        code, _, _ = call(name, *arguments, monkeypatch=monkeypatch, capfd=capfd)
+        assert code == "his code ran"
+
+
+NONSENSE = ["nan", "inf", "-inf", "-1", "0", "1e30", str(10**23), "text", ""]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_nonsense_in_any_field_is_one_line_or_a_setting_that_makes_sense(name, monkeypatch, capfd):
+    """Every number of every script; what is let through lies in the documented range."""
+    module = importlib.import_module(name)
+    make = "make_env" if hasattr(module, "make_env") else "make_envs"
+    envs = getattr(module, make)(module.Args(), *([] if make == "make_env" else [1]))
+    envs.close = lambda: None
+    monkeypatch.setattr(module, make, lambda *_: envs)  # made once, for speed
+    for field_name, (low, high) in module.RANGES.items():
+        for value in NONSENSE:
+            flag = "--" + field_name.replace("_", "-")
+            monkeypatch.setattr(sys, "argv", [f"{name}.py", flag, value])
+            capfd.readouterr()
+            try:
+                args = module.parse_args()
+                module.check_args(args)
+            except SystemExit as stop:
+                out, err = capfd.readouterr()
+                assert stop.code == 2 and not out and len(err.splitlines()) == 1, (flag, value, err)
+                assert err.startswith("error: "), (flag, value, err)
+            else:
+                got = getattr(args, field_name)
+                for number in got if isinstance(got, list) else [got]:
+                    assert low <= number <= high, (flag, value)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("env_id", ["a:b:c", ":", "", "a:", ":b", "../x", "CartPole-v1 ", "no.such:Thing-v0"])
+def test_strange_names_of_environments_are_one_line(name, env_id, monkeypatch, capfd):
+    code, out, err = call(name, f"--env-id={env_id}", monkeypatch=monkeypatch, capfd=capfd)
+    assert code == 2 and not out and len(err.splitlines()) == 1, err
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_flag_that_does_not_exist_is_one_line(name, monkeypatch, capfd):
+    code, out, err = call(name, "--no-such-flag", "3", monkeypatch=monkeypatch, capfd=capfd)
+    assert code == 2 and not out and len(err.splitlines()) == 1 and "no-such-flag" in err
+
+
+def test_ctrl_c_while_evaluating_ends_quietly(tmp_path):
+    run_dir = tmp_path / "run"
+    process = start("ppo", *CASES["ppo"].command, "--run-dir", run_dir)
+    assert process.communicate(timeout=300) and process.returncode == 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = start("ppo", "--evaluate", run_dir, "--eval-episodes", "1000000")
+        time.sleep(6)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 128 + number and "Traceback" not in err
 
 
 def bomb_file(case: Case, bomb) -> bytes:
