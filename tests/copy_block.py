@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 WITH_TORCH = ["ppo", "reinforce", "a2c_continuous", "dqn_atari", "rnd_ppo"]
-SCRIPTS = ["q_learning", *WITH_TORCH]
+SCRIPTS = ["q_learning", "sarsa", *WITH_TORCH]
 LINE = (
     "# ---- From here on: the run folder (save, resume, evaluate, film). The same text in every script. ----"
 )

@@ -97,7 +97,7 @@ def test_the_order_of_a_script(name):
     end = nodes[order.index("train")].end_lineno
     assert end <= PATHS.get(name, 330), "the reading path is too long"
     assert [line for line in lines[end:] if line][0] == copy_block.LINE
-    make_envs = "make_env" if name == "q_learning" else "make_envs"
+    make_envs = "make_envs" if name in copy_block.WITH_TORCH else "make_env"
     above, below = order[: order.index("train")], order[order.index("train") + 1 :]
     assert above.index("Args") < above.index(make_envs)
     plumbing = {*PROMISES.split(), "make_agent", "check_settings", "check_spaces", "load_policy"}

@@ -1,0 +1,771 @@
+"""Sarsa: one equation for learning after every step, after n steps, or at the end of the episode.
+
+Q-learning moves an entry of its table towards one reward and a guess of all that follows. Two things can be
+chosen: how many rewards to wait for before the guess, and which policy's actions the guess is about. Sarsa
+waits for n rewards, and guesses about the policy that acts. With n = 1 it reads s, a, r, s', a': its name.
+
+Pseudo-code
+    for every episode:
+        [A] explore   with the share of random actions that is due, ε
+        until the episode ends:
+            [B] act       make a step, then choose the next action
+            [C] learn     n rewards after (s,a), or at the end: move Q(s,a) to them and a guess of the rest
+        [D] log       charts, progress bar
+
+Equations
+    (1)  G_t = r_t + γ r_{t+1} + γ² r_{t+2} + …                              the discounted return
+    (2)  ε_k = ε_min + (ε_max − ε_min) exp(−κ k)                             constant by default
+    (3)  π(s) = argmax_a Q(s,a) with probability 1−ε, else any action        the ε-greedy policy
+    (4)  G = r_t + γ r_{t+1} + … + γⁿ⁻¹ r_{t+n−1} + γⁿ Q(s_{t+n},a_{t+n})    the n-step return
+    (5)  Σ_a π(a|s) Q(s,a) = (1−ε) max_a Q(s,a) + ε mean_a Q(s,a)            for Q in (4) with --expected
+    (6)  α_m = α / (1 + m/c)                                                 or simply α
+    (7)  Q(s_t,a_t) ← Q(s_t,a_t) + α (G − Q(s_t,a_t))
+An episode may end before n rewards are in; then (4) ends there. A termination leaves nothing to guess. A time
+limit is no failure: after the last of j rewards comes γ^j Q, for the state reached and an action drawn there.
+
+How many rewards? The value Q^π(s,a) is the mean of (1) over all that chance and π may do. Two extremes:
+    --n-step 1   temporal difference, TD(0)   the luck of one step; off as long as the guess is off
+    --n-step 0   Monte Carlo: (1), no guess   right on average; the luck of a whole episode; waits for its end
+How far targets are off on average is their bias, how much they scatter their variance: the more of it, the
+smaller α must be. To build on a guess (to bootstrap) trades variance for bias; n says how much. To see it,
+predict: the one action of envs.random_walk:RandomWalk-v0 tosses a coin, left or right, so Q(s,a) is V(s) of
+that policy. RMS error of 19 values in 10 episodes, best α (tests/benchmark/figures/book_n_step.png):
+    n = 1  0.345   n = 2  0.277   n = 4  0.265   n = 8  0.279   n = 16  0.313   n = 32  0.368   n = 512  0.491
+
+Whose actions? π draws a_{t+n} in (4) like all the others: Sarsa is on-policy, it learns what the policy that
+acts is worth, random actions included. Q-learning is off-policy, it learns about the greedy policy while
+another one acts. On the cliff of the default run a step costs 1 and a fall 100; three ways to walk are worth
+                                 at the edge    one row up    two rows up
+    ε = 0, as Q-learning sees it    −13           −15           −17         so it walks at the edge
+    ε = 0.1, as Sarsa sees it       −45.8         −20.8         −22.3       so it keeps away from the edge
+With ε = 0.1 both earn what the second line says. Two switches lead from one to the other, with n = 1:
+    Sarsa                                         G = r + γ Q(s',a')               a' drawn by π
+    Expected Sarsa   --expected                   G = r + γ Σ_a π(a|s') Q(s',a)    the same without its luck
+    Q-learning       --expected --greedy-target   G = r + γ max_a Q(s',a)          (5) with ε = 0
+With n > 1, learning about another policy takes weights for the rewards (importance sampling): not here.
+
+Symbols
+    s, a, r, s', a'   state, action, reward, the next two    γ, α, c   gamma, learning_rate, lr_visits
+    π, V, Q           policy, values; Q is the table, too    ε, κ      share of random actions, decay_rate
+    G, n              return (of n steps), n_step            k, m      episodes, visits of (s,a) so far
+Departures from the paper, here the book: ties are drawn ([Trick 2]), and episodes may be cut by a time limit.
+References: Sutton and Barto's book, chapters 5 to 7, http://incompleteideas.net/book/the-book-2nd.html,
+TD(0) https://doi.org/10.1007/BF00115009, Expected Sarsa https://doi.org/10.1109/ADPRL.2009.4927542
+
+Read first: q_learning.py (return, value, exploration, the Bellman equations).
+New here: Monte Carlo, n steps, bias and variance, on-policy, prediction.
+Run: python algos/sarsa.py
+     python algos/sarsa.py --env-id Blackjack-v1 --env-kwargs '{"sab": true}' --n-step 0 \\
+         --total-episodes 500000 --learning-rate 0.1 --lr-visits 100
+Expect: an episodic return of −28 while learning (Expected Sarsa −21, Q-learning −50) and 2 seconds. Greedily
+−19; but 10 of 50 seeds end with a greedy policy that walks in a circle, −1000: a constant α is noisy.
+"""
+
+import difflib
+import io
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+import zipfile
+from collections import deque
+from contextlib import redirect_stderr
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import tyro
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer import event_file_writer
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Args:
+    # environment
+    env_id: str = "CliffWalking-v1"  # integer states and actions; module:id imports the module first
+    env_kwargs: str | None = None  # its options as JSON; by default {"is_slippery": false} for FrozenLake-v1
+    # algorithm
+    total_episodes: int = 500  # budget
+    n_step: int = 1  # n, rewards before the guess: 1 is TD(0), 0 the whole episode, Monte Carlo
+    expected: bool = False  # guess with the mean over the policy's actions, not with the one it drew
+    greedy_target: bool = False  # with --expected: the mean over the greedy policy, which makes it Q-learning
+    learning_rate: float = 0.5  # α, how far an entry moves towards its target
+    lr_visits: float = 0.0  # [Trick 1] c, visits that halve α; 0 keeps it constant
+    gamma: float = 1.0  # γ in (1), what a reward one step later is worth
+    initial_value: float = 0.0  # Q(s,a) before anything is learned
+    max_epsilon: float = 0.1  # ε at first: the share of random actions
+    min_epsilon: float = 0.1  # ε in the end
+    decay_rate: float = 0.0005  # κ, how fast ε falls, per episode
+    max_steps: int = 10_000  # longest training episode
+    random_ties: bool = True  # [Trick 2] equally good actions are drawn at random
+    # run
+    seed: int = 1  # the same seed gives the same numbers
+    eval_episodes: int = 100  # greedy episodes played after training
+    eval_seeds: str | None = None  # their start seeds: 16,54,165; by default drawn, for Taxi the course's
+    checkpoint_every: int = 100_000  # save at least every this many steps, or every episode
+    run_dir: str | None = None  # folder of the run; by default runs/ENV__sarsa__seedS__TIME
+    resume: str | None = None  # go on with the run in this folder
+    evaluate: str | None = None  # evaluate the run in this folder, without training
+    capture_video: bool = False  # record one evaluation episode as replay.mp4
+    track: bool = False  # mirror the charts to Weights & Biases
+    wandb_project_name: str = "single-file-rl"  # project there
+    wandb_entity: str | None = None  # team there
+
+
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """The environment with its options, its states numbered 0, 1, 2, …"""
+    options = args.env_kwargs
+    if options is None:
+        options = '{"is_slippery": false}' if args.env_id == "FrozenLake-v1" else "{}"
+    return number_states(gym.make(args.env_id, render_mode=render_mode, **json.loads(options)))
+
+
+def epsilon_at(episode, max_epsilon, min_epsilon, decay_rate):
+    """The share of random actions in an episode, counted from 0: equation (2)."""
+    return min_epsilon + (max_epsilon - min_epsilon) * math.exp(-decay_rate * episode)  # (2)
+
+
+def greedy_action(row, rng=None):
+    """The best action. row: |A| values. Equal ones are drawn with rng; without it the first one wins."""
+    best = max(row)
+    # [Trick 2] Before anything is learned all values of a state are 0. The first action each time would walk
+    # into the same wall again and again in training, in evaluation for ever (Sutton and Barto, section 2.4).
+    # Ablate: --no-random-ties
+    if rng is None or row.count(best) == 1:
+        return row.index(best)
+    return rng.choice([action for action, value in enumerate(row) if value == best])
+
+
+def epsilon_greedy(row, epsilon, rng, ties_rng):
+    """The action that the ε-greedy policy draws, equation (3). row: |A| values."""
+    if rng.random() < epsilon:  # (3)
+        return rng.randrange(len(row))
+    return greedy_action(row, ties_rng)
+
+
+def expected_value(row, epsilon):
+    """The mean of a state's values over the actions of the ε-greedy policy, equation (5). row: |A| values."""
+    return (1 - epsilon) * max(row) + epsilon * sum(row) / len(row)  # (5)
+
+
+def n_step_returns(rewards, last_value, gamma):
+    """The returns of steps in a row, equation (4), one for each reward. last_value: what follows them."""
+    returns = []
+    following = last_value
+    for reward in reversed(rewards):
+        following = reward + gamma * following  # (4), from its end: G = r + γ (r' + γ (r'' + …))
+        returns.append(following)
+    return returns[::-1]
+
+
+def step_size(learning_rate, visits, lr_visits):
+    """The learning rate of a pair (s,a) seen `visits` times before, equation (6)."""
+    if not lr_visits:
+        return learning_rate
+    # [Trick 1] Where chance decides, a constant rate follows the last few tries for ever. Values settle at
+    # the mean if the rates of a pair add up to infinity (any start is forgotten) and their squares do not
+    # (the noise dies away): Robbins and Monro, https://doi.org/10.1214/aoms/1177729586. 1/n meets both.
+    # Off by default, for without chance there is nothing to average; try: --lr-visits 100
+    return learning_rate / (1 + visits / lr_visits)  # (6)
+
+
+def train(args: Args) -> dict:
+    """Train, evaluate, leave the run folder behind; returns what results.json holds."""
+    check_args(args)  # a setting or an environment that cannot work ends here, with one line
+    env = make_env(args)
+    num_states = int(env.observation_space.n)
+    num_actions = int(env.action_space.n)
+    # Lists instead of arrays: for one number at a time, Python is faster than NumPy.
+    q_table = [[args.initial_value] * num_actions for _ in range(num_states)]  # Q(s,a), (|S|, |A|)
+    visits = [[0] * num_actions for _ in range(num_states)]  # how often a was taken in s, (|S|, |A|)
+    rng = random.Random(args.seed)
+    ties_rng = rng if args.random_ties else None
+    # With --resume this fills in what the saved run had learned.
+    run = Run(args, budget=args.total_episodes, q_table=q_table, visits=visits, rng=rng)
+
+    errors = 0.0  # sum of |G − Q| since the last point of the charts
+    logged_step = run.step
+    # Environments cannot be saved: a resumed run goes on from a new seed.
+    env.reset(seed=env_seeds(1, args.seed, 0, run.step)[0])
+    while run.goes_on(1):
+        # [A] explore
+        epsilon = epsilon_at(run.episodes, args.max_epsilon, args.min_epsilon, args.decay_rate)
+        target_epsilon = 0.0 if args.greedy_target else epsilon  # in (5)
+        state, _ = env.reset()
+        action = epsilon_greedy(q_table[state], epsilon, rng, ties_rng)
+        episodic_return = 0.0
+        length = 0
+        pairs = deque()  # (s,a) of the last steps, n at most: those that have not learned yet
+        rewards = deque()  # of the same steps
+        ended = False
+        while not ended:
+            # [B] act; the next action is chosen before the step is learned from, because (4) ends with it
+            next_state, reward, terminated, truncated, _ = env.step(action)
+            next_row = q_table[next_state]  # (|A|,)
+            next_action = epsilon_greedy(next_row, epsilon, rng, ties_rng)
+            pairs.append((state, action))
+            rewards.append(reward)
+            episodic_return += reward
+            length += 1
+            ended = terminated or truncated or length == args.max_steps
+
+            # [C] learn
+            if ended or len(rewards) == args.n_step:
+                last_value = next_row[next_action]
+                if args.expected:
+                    last_value = expected_value(next_row, target_epsilon)
+                if terminated:  # a time limit is no failure: only this means "worth nothing from here"
+                    last_value = 0.0
+                for target in n_step_returns(rewards, last_value, args.gamma):
+                    s, a = pairs.popleft()
+                    rewards.popleft()
+                    error = target - q_table[s][a]
+                    alpha = step_size(args.learning_rate, visits[s][a], args.lr_visits)
+                    q_table[s][a] += alpha * error  # (7)
+                    visits[s][a] += 1
+                    errors += abs(error)
+                    if not ended:
+                        break  # only the oldest step has its n rewards
+            state = next_state
+            action = next_action
+        run.step += length
+        run.episodes_ended([episodic_return], [length])
+        run.stop_if_not_finite(errors)
+
+        # [D] log: one point for many episodes, each the mean since the last
+        if run.log_is_due():
+            run.log("charts", epsilon=epsilon)
+            run.log("losses", td_error=errors / (run.step - logged_step))
+            errors = 0.0
+            logged_step = run.step
+    env.close()
+    return run.finish()
+
+
+# ---- From here on: the run folder (save, resume, evaluate, film). The same text in every script. ----
+# Here without PyTorch, whose import takes longer than the whole training: the calls and the promises are the
+# same, and so is the text of every function that knows neither tensors nor vectors of environments.
+
+
+MAX_EVAL_STEPS = 1_000  # longest evaluation episode
+MAX_TABLE = 10_000_000  # most entries of the table
+# The Hugging Face Deep RL course judges Taxi by these start seeds.
+TAXI_SEEDS = (
+    "16,54,165,177,191,191,120,80,149,178,48,38,6,125,174,73,50,172,100,148,146,6,25,40,68,148,49,167,9,97,"
+    "164,176,61,7,54,55,161,131,184,51,170,12,120,113,95,126,51,98,36,135,54,82,45,95,89,59,95,124,9,113,"
+    "58,85,51,134,121,169,105,21,30,11,50,65,12,43,82,145,152,97,106,55,31,85,38,112,102,168,123,97,21,83,"
+    "158,26,80,63,5,81,32,11,28,148"
+)
+RANGES = {  # smallest and largest value of every number in Args
+    "total_episodes": (1, 10**12),
+    "n_step": (0, 10**9),
+    "learning_rate": (1e-9, 1),
+    "lr_visits": (0, 1e9),
+    "gamma": (0, 1),
+    "initial_value": (-1e9, 1e9),
+    "max_epsilon": (0, 1),
+    "min_epsilon": (0, 1),
+    "decay_rate": (0, 1000),
+    "max_steps": (1, 10**9),
+    "seed": (0, 2**32 - 1),
+    "eval_episodes": (1, 1_000_000),
+    "checkpoint_every": (1, 10**12),
+}
+
+
+def number_states(env: gym.Env) -> gym.Env:
+    """Number the observations that are tuples of integers, as in Blackjack; others stay as they are."""
+    space = env.observation_space
+    if not isinstance(space, gym.spaces.Tuple) or not all(isinstance(s, gym.spaces.Discrete) for s in space):
+        return env
+    sizes = [int(s.n) for s in space]
+    states = gym.spaces.Discrete(math.prod(sizes))
+    return gym.wrappers.TransformObservation(env, lambda obs: int(np.ravel_multi_index(obs, sizes)), states)
+
+
+def check_settings(args: Args) -> None:
+    """Refuse settings that cannot work together."""
+    if args.min_epsilon > args.max_epsilon:
+        fail(f"--min-epsilon {args.min_epsilon} is above --max-epsilon {args.max_epsilon}")
+    if args.greedy_target and not (args.expected and args.n_step == 1):
+        fail("--greedy-target needs --expected and --n-step 1: more rewards would be those of another policy")
+    start_seeds(args, 1)  # ends here if --eval-seeds is no list
+
+
+def check_spaces(args: Args, env: gym.Env) -> None:
+    """Refuse environments that this script cannot handle, and name the script that can."""
+    obs_space = env.observation_space
+    action_space = env.action_space
+    if isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) > 1:
+        fail(f"{args.env_id} has images, this script reads integers: dqn_atari.py plays Atari games")
+    if isinstance(action_space, gym.spaces.Box):
+        fail(f"{args.env_id} has continuous actions, this script has integers: use a2c_continuous.py")
+    if isinstance(obs_space, gym.spaces.Box):
+        fail(f"{args.env_id} has vectors, this script reads integers: use ppo.py")
+    spaces = (obs_space, action_space)
+    if not all(isinstance(space, gym.spaces.Discrete) and space.start == 0 for space in spaces):
+        fail(f"no script handles {args.env_id} with observations {obs_space} and actions {action_space}")
+    if obs_space.n * action_space.n > MAX_TABLE:
+        fail(f"{obs_space.n} states with {action_space.n} actions each are too many for a table")
+    if args.capture_video and "rgb_array" not in (env.metadata.get("render_modes") or []):
+        fail(f"{args.env_id} draws no pictures: leave out --capture-video")
+
+
+def load_policy(args: Args, env: gym.Env, run_dir: Path):
+    """The greedy policy of a run, a function of a state to an action, and its checkpoint."""
+    checkpoint = load_checkpoint(run_dir, int(env.observation_space.n), int(env.action_space.n))
+    rng = random.Random(args.seed) if args.random_ties else None
+
+    def policy(state: int) -> int:
+        return greedy_action(checkpoint["q_table"][state], rng)
+
+    return policy, checkpoint
+
+
+def start_seeds(args: Args, episodes: int) -> list[int]:
+    """Start seeds of the evaluation episodes; a list that is too short begins again."""
+    text = args.eval_seeds or (TAXI_SEEDS if args.env_id.startswith("Taxi-v") else None)
+    if text is None:
+        seeds = []
+        for first in range(0, episodes, 20):  # as the other scripts, which play 20 episodes at a time
+            seeds += env_seeds(20, args.seed, 1, first)
+        return seeds[:episodes]
+    seeds = [seed for seed in text.split(",") if seed]
+    if not seeds or not all(seed.isdecimal() and len(seed) < 11 and int(seed) < 2**32 for seed in seeds):
+        fail(f"--eval-seeds must be a list like 16,54,165 of numbers below 2**32, not {text}")
+    return [int(seeds[i % len(seeds)]) for i in range(episodes)]
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """End with one line on stderr; exit code 2 means bad input."""
+    print("error: " + " ".join(message.split())[:400], file=sys.stderr)
+    raise SystemExit(code)
+
+
+def parse_args() -> Args:
+    """Read the command line. With --resume or --evaluate, the defaults are the arguments of that run."""
+    args = read_command_line(Args())
+    folder = args.resume or args.evaluate
+    if not folder:
+        return args
+    try:
+        saved = json.loads((Path(folder) / "args.json").read_text())
+        del saved["versions"]
+        if args.evaluate:
+            saved |= {"capture_video": False, "track": False}
+        defaults = Args(**saved)
+        module = defaults.env_id.rpartition(":")[0]
+    except Exception as error:  # damaged files and foreign files fail in many ways
+        fail(f"{folder} is no run folder of {Path(__file__).name}: {type(error).__name__} {error}")
+    named = args.env_id
+    args = read_command_line(defaults)
+    # To make module:id imports the module, and imports run code: a file from a stranger must not choose it.
+    if module and not module.startswith("envs.") and args.env_id == defaults.env_id != named:
+        fail(f"the run's environment runs code of the module {module}: allow it with --env-id {args.env_id}")
+    return args
+
+
+def read_command_line(defaults: Args) -> Args:
+    """tyro's reading of the command line; what it cannot read ends with one line and exit code 2."""
+    errors = io.StringIO()
+    try:
+        with redirect_stderr(errors):
+            return tyro.cli(Args, default=defaults)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        fail("".join(letter for letter in errors.getvalue() if not "─" <= letter <= "╿"))
+
+
+def check_args(args: Args) -> None:
+    """End with one line and exit code 2 if a setting is out of range or the environment does not serve."""
+    for name, (low, high) in RANGES.items():
+        number = getattr(args, name)
+        # Written so that NaN, which compares with nothing, is out of range too.
+        if not (isinstance(number, int | float) and low <= number <= high):
+            fail(f"--{name.replace('_', '-')} {number} is not between {low:,} and {high:,}")
+    check_settings(args)
+    try:
+        env = make_env(args)
+    except Exception as error:  # environments refuse their options in many ways
+        near = ", ".join(difflib.get_close_matches(str(args.env_id), gym.registry, cutoff=0.5)) or "none"
+        reason = f"(nearest known names: {near}): {type(error).__name__} {error}"
+        fail(f"cannot make the environment {args.env_id} {reason}")
+    check_spaces(args, env)
+    env.close()
+
+
+def env_seeds(num_envs: int, *key: int) -> list[int]:
+    """One seed per environment from any integers. With seed + i, neighbouring runs would share most seeds."""
+    return np.random.SeedSequence(key).generate_state(num_envs).tolist()
+
+
+class Run:
+    """A training run and its folder: counters, clock, charts, progress bar, Ctrl-C and checkpoints.
+
+    step, episodes: how many have been played. stopped: the signals that came, filled by Ctrl-C.
+    """
+
+    def __init__(self, args: Args, budget: int, q_table: list, visits: list, rng: random.Random) -> None:
+        """budget: in episodes. q_table, visits: (|S|, |A|). --resume fills them, and rng, from the folder."""
+        self.args = args
+        self.budget = budget
+        self.q_table = q_table
+        self.visits = visits
+        self.rng = rng
+        self.step = 0
+        self.episodes = 0
+        self.recent_returns = deque(maxlen=100)
+        self.curve = []  # the points of the learning curve: episodes, mean episodic return
+        self.returns = []  # of the episodes that ended since the last point of the charts
+        self.lengths = []
+        self.stopped = []
+        seconds = 0.0
+        if args.resume:
+            saved = load_checkpoint(Path(args.resume), len(q_table), len(q_table[0]))
+            self.step = saved["global_step"]
+            self.episodes = saved["episodes"]
+            self.recent_returns.extend(saved["recent_returns"])
+            self.curve = saved["curve"]
+            seconds = saved["wall_time_s"]
+            q_table[:] = saved["q_table"]
+            visits[:] = saved["visits"]
+            rng.setstate((3, tuple(saved["rng_state"]), None))
+        # So that the loop ends where everything can be saved; clusters send SIGTERM.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: self.stopped.append(number))
+        self.dir, self.lock = open_folder(args)
+        # Called through its module, because Weights & Biases replaces the class there.
+        self.writer = event_file_writer.EventFileWriter(str(self.dir))
+        if args.resume:
+            # TensorBoard drops what a killed run logged beyond its last checkpoint: those steps come again.
+            start = SessionLog(status=SessionLog.START)
+            self.writer.add_event(Event(wall_time=time.time(), step=self.step + 1, session_log=start))
+        self.log_every = min(max(1, budget // 100), 1000)
+        bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}{postfix}]"
+        done = self.episodes
+        self.bar = tqdm(total=budget, initial=done, unit="episodes", unit_scale=True, bar_format=bar_format)
+        self.save_beyond = -1  # the step after which the next checkpoint is due
+        self.started = time.perf_counter() - seconds
+
+    def goes_on(self, size: int) -> bool:
+        """Whether the budget allows `size` more. Saves when that is due, and always before the end."""
+        ends = bool(self.stopped) or self.episodes + size > self.budget
+        if ends or self.step > self.save_beyond:
+            self.save()
+        return not ends
+
+    def save(self) -> None:
+        """Write q_table.npz: numbers and lists of numbers only."""
+        checkpoint = {
+            "global_step": self.step,
+            "episodes": self.episodes,
+            "wall_time_s": time.perf_counter() - self.started,
+            "recent_returns": list(self.recent_returns),
+            "curve": np.reshape(self.curve, (-1, 2)),
+            "rng_state": self.rng.getstate()[1],
+            "q_table": self.q_table,
+            "visits": self.visits,
+        }
+        save_checkpoint(self.dir, checkpoint)
+        self.writer.flush()
+        # Save again before an episode that could end more than checkpoint_every steps after this checkpoint.
+        self.save_beyond = self.step + self.args.checkpoint_every - self.args.max_steps
+
+    def episodes_ended(self, returns, lengths) -> None:
+        """Count episodes that ended. returns: sums of their rewards, lengths: in steps; both (n,)."""
+        self.returns += returns
+        self.lengths += lengths
+        self.recent_returns += returns
+        self.episodes += len(returns)
+
+    def stop_if_not_finite(self, value) -> None:
+        """End with exit code 1 if the sum of the errors is NaN or infinite."""
+        if not math.isfinite(value):
+            self.bar.close()
+            fail(f"the error is {value} at step {self.step}; the last checkpoint is good", code=1)
+
+    def log_is_due(self) -> bool:
+        """Whether a point of the charts is due: a hundred a run, one per 1,000 episodes, one at the end."""
+        return self.episodes % self.log_every == 0 or self.episodes == self.budget or bool(self.stopped)
+
+    def log(self, group: str, **values) -> None:
+        """One point of each chart. With "charts" go the episodes since the last point, the speed, the bar."""
+        if group == "charts":
+            speed = self.step / (time.perf_counter() - self.started)
+            values["episodic_return"] = sum(self.returns) / len(self.returns)
+            values["episodic_length"] = sum(self.lengths) / len(self.lengths)
+            values["SPS"] = speed
+            self.curve.append((self.episodes, values["episodic_return"]))
+            self.returns.clear()
+            self.lengths.clear()
+            recent = np.mean(self.recent_returns)
+            self.bar.set_postfix_str(f"return {recent:.2f}, {speed:,.0f} steps/s", refresh=False)
+            self.bar.update(self.episodes - self.bar.n)
+        # Written by hand, because PyTorch's SummaryWriter would import PyTorch.
+        points = [Summary.Value(tag=f"{group}/{name}", simple_value=value) for name, value in values.items()]
+        self.writer.add_event(Event(wall_time=time.time(), step=self.step, summary=Summary(value=points)))
+
+    def finish(self) -> dict:
+        """Close everything; then evaluate and write results.json, or end here after Ctrl-C."""
+        self.bar.close()
+        self.writer.close()
+        if self.stopped:
+            print(f"interrupted and saved, go on with --resume {self.dir}", file=sys.stderr)
+            raise SystemExit(128 + self.stopped[0])
+        leave_at_once()
+        draw_policy(self.args, self.dir)
+        results = evaluate(self.args, self.dir)
+        write_file(self.dir / "results.json", json.dumps(results, indent=2).encode())
+        self.lock.close()
+        if self.args.track:
+            import wandb
+
+            wandb.log({"policy": wandb.Image(str(self.dir / "policy.png"))})
+            if self.args.capture_video:
+                wandb.log({"replay": wandb.Video(str(self.dir / "replay.mp4"))})
+            wandb.finish()
+        return results
+
+
+def open_folder(args: Args) -> tuple[Path, IO]:
+    """Make the run folder with args.json and lock it; with --track, join Weights & Biases.
+
+    Returns the folder and its open lock file: the lock holds until that file is closed or the process ends.
+    """
+    name = f"{args.env_id}__{Path(__file__).stem}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    default = "runs/" + name.replace("/", "-").replace(":", "-")
+    run_dir = Path(args.resume or args.run_dir or default)
+    versions = {name: version(name) for name in ("torch", "gymnasium", "numpy") if name in sys.modules}
+    saved = asdict(args) | {"resume": None, "evaluate": None, "versions": versions}
+    try:
+        copy = 1
+        while not (args.resume or args.run_dir) and not is_new(run_dir):  # another run began in this second
+            copy += 1
+            run_dir = Path(f"{default}-{copy}")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / ".lock", "w")
+        if os.name == "posix":
+            import fcntl  # here, because Windows has none
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not args.resume and any((run_dir / name).exists() for name in ("checkpoint.pt", "q_table.npz")):
+            fail(f"{run_dir} holds a run already: --resume {run_dir} goes on with it")
+        write_file(run_dir / "args.json", json.dumps(saved, indent=2).encode())
+    except BlockingIOError:
+        fail(f"another process is training in {run_dir}")
+    except OSError as error:
+        fail(f"cannot write the run folder: {error}")
+    if args.track:
+        import wandb  # here, because it is slow to import
+
+        names = {"name": run_dir.name, "id": run_dir.name, "resume": "allow", "dir": run_dir}
+        project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
+        wandb.init(**names, **project, sync_tensorboard=True)
+    return run_dir, lock
+
+
+def is_new(path: Path) -> bool:
+    """Make a folder; whether it did not exist before."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write under a temporary name and move into place, so that no crash leaves half a file."""
+    temporary = path.with_name("tmp-" + path.name)
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def save_checkpoint(run_dir: Path, checkpoint: dict) -> None:
+    """Write q_table.npz. checkpoint: numbers and lists of numbers."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **checkpoint)
+    write_file(run_dir / "q_table.npz", buffer.getvalue())
+
+
+def load_checkpoint(run_dir: str | Path, num_states: int, num_actions: int) -> dict:
+    """Read q_table.npz as plain numbers and lists. Runs no code from it."""
+    path = Path(run_dir) / "q_table.npz"
+    dimensions = {"global_step": 0, "episodes": 0, "wall_time_s": 0, "recent_returns": 1, "rng_state": 1}
+    dimensions |= {"curve": 2, "q_table": 2, "visits": 2}
+    checkpoint = {}
+    try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():
+                raise ValueError("the file is damaged: its checksum is wrong")
+        with np.load(path, allow_pickle=False) as file:
+            for name, ndim in dimensions.items():
+                values = file[name]
+                if values.ndim != ndim or values.dtype.kind not in "if" or not np.isfinite(values).all():
+                    raise ValueError(f"{name} does not hold the numbers it should")
+                checkpoint[name] = values.tolist()
+        for name in ("q_table", "visits"):
+            if np.shape(checkpoint[name]) != (num_states, num_actions):
+                needed = f"the environment needs {(num_states, num_actions)}"
+                raise ValueError(f"{name} is {np.shape(checkpoint[name])}, {needed}")
+        random.Random().setstate((3, tuple(checkpoint["rng_state"]), None))
+    except Exception as error:  # damaged files and foreign files fail in many ways
+        fail(f"cannot use {path}: {type(error).__name__} {error}")
+    return checkpoint
+
+
+def leave_at_once() -> None:
+    """From now on Ctrl-C and SIGTERM end the process without a traceback: nothing is left to be saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
+def evaluate(args: Args, run_dir: Path) -> dict:
+    """Play episodes with the policy in the run folder, print the summary, return what results.json holds.
+
+    A greedy policy may walk in circles for ever; MAX_EVAL_STEPS ends its episode.
+    """
+    check_args(args)
+    leave_at_once()
+    env = make_env(args)
+    policy, checkpoint = load_policy(args, env, run_dir)
+    returns = []
+    bar = tqdm(total=args.eval_episodes, desc="evaluation", unit=" episodes", leave=False, delay=2)
+    for seed in start_seeds(args, args.eval_episodes):
+        state, _ = env.reset(seed=seed)
+        total = 0.0
+        steps = 0
+        ended = False
+        while not ended and steps < MAX_EVAL_STEPS:
+            state, reward, terminated, truncated, _ = env.step(policy(state))
+            total += float(reward)
+            ended = terminated or truncated
+            steps += 1
+        returns.append(total)
+        bar.update()
+    bar.close()
+    env.close()
+    if args.capture_video:
+        record_video(args, policy, run_dir / "replay.mp4")
+    mean = float(np.mean(returns))
+    std = float(np.std(returns))
+    steps = checkpoint["global_step"]
+    seconds = checkpoint["wall_time_s"]
+    speed = steps / max(seconds, 1e-9)
+    print(
+        f"{args.env_id}, seed {args.seed}: {mean:.2f} ± {std:.2f} over {len(returns)} episodes "
+        f"after {steps:,} steps, {seconds:.1f} s, {speed:,.0f} steps/s: {run_dir}"
+    )
+    return {
+        "algo": Path(__file__).stem,
+        "env_id": args.env_id,
+        "seed": args.seed,
+        "global_step": steps,
+        "episodes": checkpoint["episodes"],
+        "mean_reward": mean,
+        "std_reward": std,
+        "score": mean - std,
+        "eval_episodes": len(returns),
+        "wall_time_s": seconds,
+        "steps_per_second": speed,
+    }
+
+
+def record_video(args: Args, policy, path: Path) -> None:
+    """Film one episode from the first evaluation seed, frame by frame: all at once would fill the memory."""
+    from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter  # here, because it is slow to import
+
+    env = make_env(args, render_mode="rgb_array")
+    state, _ = env.reset(seed=start_seeds(args, 1)[0])
+    frame = env.render()
+    temporary = path.with_name("tmp-" + path.name)
+    fps = env.metadata.get("render_fps", 30)
+    with FFMPEG_VideoWriter(str(temporary), (frame.shape[1], frame.shape[0]), fps) as film:
+        film.write_frame(frame)
+        ended = False
+        steps = 0
+        while not ended and steps < MAX_EVAL_STEPS:
+            state, _, terminated, truncated, _ = env.step(policy(state))
+            film.write_frame(env.render())
+            ended = terminated or truncated
+            steps += 1
+    env.close()
+    os.replace(temporary, path)
+
+
+def tiles_of(env: gym.Env) -> tuple[np.ndarray, str]:
+    """The names of a map's tiles, (rows, columns), and the arrows of its actions; (0,) if there is no map."""
+    game = env.unwrapped
+    if type(game).__name__ == "FrozenLakeEnv":
+        names = {"F": "", "S": "start", "H": "hole", "G": "goal"}
+        return np.vectorize(names.get)(game.desc.astype(str)), "←↓→↑"
+    if type(game).__name__ == "CliffWalkingEnv":
+        tiles = np.where(game._cliff, "cliff", "")
+        tiles[-1, 0] = "start"
+        tiles[-1, -1] = "goal"
+        return tiles, "↑→↓←"
+    return np.empty(0), ""
+
+
+def draw_policy(args: Args, run_dir: Path) -> None:
+    """Draw what was learned as policy.png: the map with its arrows, or the table; and the learning curve."""
+    from matplotlib.figure import Figure  # here, because it is slow to import
+
+    env = make_env(args)
+    checkpoint = load_checkpoint(run_dir, int(env.observation_space.n), int(env.action_space.n))
+    q_table = np.array(checkpoint["q_table"])  # (|S|, |A|)
+    tiles, arrows = tiles_of(env)
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    if tiles.size:
+        values = q_table.max(1).reshape(tiles.shape)  # V(s) = max_a Q(s,a)
+        image = left.imshow(values)
+        for (row, column), tile in np.ndenumerate(tiles):
+            best = q_table[row * tiles.shape[1] + column]
+            arrow = "·" if best.max() == best.min() else arrows[best.argmax()]
+            dark = values[row, column] < (values.min() + values.max()) / 2
+            text = tile if tile in ("hole", "cliff", "goal") else f"{tile} {arrow}\n{best.max():.2f}".strip()
+            style = {"color": "white" if dark else "black", "fontsize": 10 if tiles.shape[1] < 9 else 6}
+            left.text(column, row, text, ha="center", va="center", **style)
+        left.set(title="greedy actions and the discounted return they promise", xticks=[], yticks=[])
+    else:
+        image = left.imshow(q_table, aspect="auto", interpolation="nearest")
+        left.set(title="the table", xlabel="action", ylabel="state", xticks=range(q_table.shape[1]))
+    figure.colorbar(image, ax=left)
+    if checkpoint["curve"]:
+        right.plot(*zip(*checkpoint["curve"], strict=True))
+    right.set(title="learning curve", xlabel="episode", ylabel="mean episodic return")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    write_file(run_dir / "policy.png", buffer.getvalue())
+    env.close()
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    if args.evaluate:
+        evaluate(args, Path(args.evaluate))
+    else:
+        train(args)
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "numpy==2.4.6",
+#     "gymnasium[box2d,classic-control,mujoco,other,toy-text]==1.4.0",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "wandb==0.31.0",
+#     "tqdm==4.70.1",
+#     "moviepy==2.2.1",
+#     "matplotlib==3.11.2",
+# ]
+# ///
