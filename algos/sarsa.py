@@ -26,10 +26,10 @@ limit is no failure: after the last of j rewards comes γ^j Q, for the state rea
 How many rewards? The value Q^π(s,a) is the mean of (1) over all that chance and π may do. Two extremes:
     --n-step 1   temporal difference, TD(0)   the luck of one step; off as long as the guess is off
     --n-step 0   Monte Carlo: (1), no guess   right on average; the luck of a whole episode; waits for its end
-How far targets are off on average is their bias, how much they scatter their variance: the more of it, the
-smaller α must be. To build on a guess (to bootstrap) trades variance for bias; n says how much. To see it,
-predict: the one action of envs.random_walk:RandomWalk-v0 tosses a coin, left or right, so Q(s,a) is V(s) of
-that policy. RMS error of 19 values in 10 episodes, best α (tests/benchmark/figures/book_n_step.png):
+How far targets are off on average is their bias, how far they scatter their variance; scatter needs a small
+α. A guess (to build on it is to bootstrap) trades variance for bias, n says how much. To see it, predict: the
+one action of envs.random_walk:RandomWalk-v0 tosses a coin, left or right, so Q(s,a) is V(s) of that policy.
+Root mean square error of 19 values in 10 episodes, with the best α (tests/benchmark/figures/book_n_step.png):
     n = 1  0.345   n = 2  0.277   n = 4  0.265   n = 8  0.279   n = 16  0.313   n = 32  0.368   n = 512  0.491
 
 Whose actions? π draws a_{t+n} in (4) like all the others: Sarsa is on-policy, it learns what the policy that
@@ -38,7 +38,7 @@ another one acts. On the cliff of the default run a step costs 1 and a fall 100;
                                  at the edge    one row up    two rows up
     ε = 0, as Q-learning sees it    −13           −15           −17         so it walks at the edge
     ε = 0.1, as Sarsa sees it       −45.8         −20.8         −22.3       so it keeps away from the edge
-With ε = 0.1 both earn what the second line says. Two switches lead from one to the other, with n = 1:
+With ε = 0.1 both earn about what the second line says. From one to the other it is two switches, with n = 1:
     Sarsa                                         G = r + γ Q(s',a')               a' drawn by π
     Expected Sarsa   --expected                   G = r + γ Σ_a π(a|s') Q(s',a)    the same without its luck
     Q-learning       --expected --greedy-target   G = r + γ max_a Q(s',a)          (5) with ε = 0
@@ -57,8 +57,8 @@ New here: Monte Carlo, n steps, bias and variance, on-policy, prediction.
 Run: python algos/sarsa.py
      python algos/sarsa.py --env-id Blackjack-v1 --env-kwargs '{"sab": true}' --n-step 0 \\
          --total-episodes 500000 --learning-rate 0.1 --lr-visits 100
-Expect: an episodic return of −28 while learning (Expected Sarsa −21, Q-learning −50) and 2 seconds. Greedily
-−19; but 10 of 50 seeds end with a greedy policy that walks in a circle, −1000: a constant α is noisy.
+Expect: an episodic return of −28 while learning (Expected Sarsa −21, Q-learning −50), after 2 seconds; then
+−19, greedily. With 10 of 50 seeds the greedy policy walks in a circle, −1000: a constant α leaves noise in Q.
 """
 
 import difflib

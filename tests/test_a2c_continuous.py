@@ -880,6 +880,6 @@ def test_the_default_robot_can_be_made():
 @pytest.mark.parametrize("use_sde", [True, False])
 def test_learns_to_aim(use_sde, tmp_path):
     """Only an eye for the target gets above −10."""
-    size = {"num_envs": 4, "num_steps": 8, "total_timesteps": 40_000, "eval_episodes": 20}
+    size = {"num_envs": 4, "num_steps": 8, "total_timesteps": 24_000, "eval_episodes": 20}
     results = a2c.train(make_args(tmp_path / "run", **size, use_sde=use_sde, gamma=0.5))
     assert results["mean_reward"] > -4

@@ -445,6 +445,7 @@ def test_the_learning_rate_falls_from_the_full_one_and_is_never_0(tmp_path, char
 
     class Adam(torch.optim.Adam):
         def step(self):
+            assert self.defaults["fused"]  # one kernel for all parameters is faster
             used.append(self.param_groups[0]["lr"])
             return super().step()
 
@@ -629,6 +630,7 @@ def test_memory_by_hand():
     envs = rnd_ppo.MemoryTrace(Walk(AutoresetMode.SAME_STEP), 0.75)
     assert envs.single_observation_space.shape == (2, 2) and envs.observation_space.shape == (2, 2, 2)
     assert envs.observation_space.dtype == np.float32
+    assert (envs.observation_space.low == -np.inf).all() and (envs.observation_space.high == np.inf).all()
     obs, _ = envs.reset()
     assert obs[..., 0].tolist() == [[1, 1], [10, 10]] and (obs[..., 1] == 1).all()
     first, *_ = envs.step(None)
@@ -723,6 +725,15 @@ def test_ctrl_c_before_the_first_step_saves(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         rnd_ppo.train(args)
     assert stopped.value.code == 130 and checkpoint(args)["global_step"] == 0
+
+
+def test_a_nan_stops_the_run_before_it_is_logged(tmp_path, charts, capsys):
+    args = small(tmp_path, env_id="Broken-v0", total_timesteps=480)
+    with pytest.raises(SystemExit) as stopped:
+        rnd_ppo.train(args)
+    assert stopped.value.code == 1 and "nan at step" in capsys.readouterr().err
+    assert charts and np.isfinite(list(charts.values())).all()
+    assert all(torch.isfinite(x).all() for x in checkpoint(args)["agent"].values())
 
 
 def test_what_training_moves_and_what_it_leaves(tmp_path):

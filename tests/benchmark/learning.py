@@ -1,4 +1,4 @@
-"""Train every script with several seeds; write results/*.csv, figures/*.png and the results in README.
+"""Train every script with several seeds; write results/*.csv, figures/*.png, RESULTS.md and README's table.
 
     python tests/benchmark/learning.py                       all tasks that are not done yet: many hours
     python tests/benchmark/learning.py --tasks CartPole Taxi those whose name begins so
@@ -56,6 +56,7 @@ class Task:
     in_table: bool = True
     prelude: str = ""  # Python to run instead of the script's file
     note: str = ""  # for the table
+    headline: str = ""  # what README's short table calls it; "" keeps it out of there
 
     @property
     def command(self) -> str:
@@ -79,6 +80,7 @@ MULTIROOM = "--env-id MiniGrid-MultiRoom-N4-S5-v0 --total-timesteps 2000000"
 DOORKEY_5X5 = "--env-id MiniGrid-DoorKey-5x5-v0 --total-timesteps 100000"
 KEY_CORRIDOR = "--env-id MiniGrid-KeyCorridorS3R1-v0 --total-timesteps 500000"
 DOORKEY = "--env-id MiniGrid-DoorKey-8x8-v0 --total-timesteps 1000000"
+ACROBOT = "--env-id Acrobot-v1 --total-timesteps 500000 --num-envs 8 --num-minibatches 4"
 LANDER = (
     "--env-id LunarLander-v3 --total-timesteps 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256 "
     "--update-epochs 4 --learning-rate 1e-3 --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01"
@@ -106,7 +108,7 @@ PPO_TRICKS = (
     "--no-norm-adv",
     "--clip-vloss",
     "--max-grad-norm 0",
-    "--target-kl 0.02",
+    "--target-kl 0.005",
 )
 RALLY_FLAGS = (
     "--env-id ALE/Rally-v5 --ortho-init --total-timesteps 20000 --learning-starts 1000 --buffer-size 10000 "
@@ -118,28 +120,73 @@ DQN_PARTS = {
     "no fixed target": " --target-network-frequency 1",
     "no double Q": " --no-double-q",
 }
+# Figures are titled in words; a task without a title here is titled by its name.
+TITLES = {
+    "FrozenLake 4x4": "Q-learning crosses the frozen lake",
+    "FrozenLake 4x4 slippery": "Q-learning on slippery ice, 4x4",
+    "FrozenLake 8x8 slippery": "Q-learning on slippery ice, 8x8",
+    "Taxi": "Q-learning drives a taxi",
+    "CartPole REINFORCE": "REINFORCE balances a pole",
+    "Pixelcopter": "REINFORCE flies Pixelcopter",
+    "Pong PLE": "REINFORCE plays Pong from numbers (PLE)",
+    "Space Invaders": "DQN plays Space Invaders from pixels",
+    "Atari Pong": "DQN plays Pong from pixels",
+    "AntBullet": "A2C teaches PyBullet's ant to walk",
+    "HalfCheetahBullet": "A2C teaches PyBullet's cheetah to run",
+    "HalfCheetah": "A2C teaches MuJoCo's cheetah to run",
+    "Pendulum": "A2C swings up a pendulum",
+    "CartPole PPO": "PPO balances a pole",
+    "Acrobot": "PPO swings up an acrobot",
+    "LunarLander": "PPO lands on the moon",
+    "Pyramids": "PPO in Pyramids with and without curiosity",
+    "Pyramids 1M": "Curiosity in Pyramids, one million decisions",
+    "DoorKey": "Curiosity finds key and door, 8x8",
+    "DoorKey 5x5": "Curiosity finds key and door, 5x5",
+    "KeyCorridor": "Curiosity in a corridor with a locked room",
+    "MultiRoom": "Curiosity through four rooms",
+    "ppo_ablation": "PPO on CartPole without one trick at a time",
+    "dqn_ablation": "DQN on a small pixel game without one part at a time",
+}
 ON_SEEDS = "flags chosen on these seeds"
 BULLET_NOTE = "flags of HalfCheetah, tried after those of the ant had ended at 567 with seed 1"
 TASKS = [
-    Task("FrozenLake 4x4", "q_learning", "", 5, 1.0, "the optimum"),
+    Task("FrozenLake 4x4", "q_learning", "", 5, 1.0, "the optimum", headline="FrozenLake"),
     Task("FrozenLake 4x4 slippery", "q_learning", SLIPPERY, 5, 0.744, "the optimum"),
     Task("FrozenLake 8x8 slippery", "q_learning", SLIPPERY_8X8, 5, 0.913, "the optimum"),
     Task("Taxi", "q_learning", TAXI, 5, 7.56, "the optimum on these 100 seeds"),
-    Task("CartPole REINFORCE", "reinforce", "", 5, 350, "pass mark of the course"),
+    Task("CartPole REINFORCE", "reinforce", "", 5, 350, "pass mark of the course", headline="CartPole"),
     Task("Pixelcopter", "reinforce", COPTER, 3, 40, "models of the course: 20 to 40", note=ON_SEEDS),
     Task("Pong PLE", "reinforce", PONG, 3, -16, "models of the course: 0 to 11", note=ON_SEEDS),
-    Task("Space Invaders", "dqn_atari", "", 3, 200, "pass mark of the course, mean − std", label="defaults"),
+    Task(
+        "Space Invaders",
+        "dqn_atari",
+        "",
+        3,
+        200,
+        "pass mark of the course, mean − std",
+        label="defaults",
+        headline="Space Invaders",
+    ),
     Task(
         "Space Invaders orthogonal", "dqn_atari", "--ortho-init", 1, 200, "", "Space Invaders", "--ortho-init"
     ),
     Task("Atari Pong", "dqn_atari", ATARI_PONG, 1, 20.6, "RL Zoo, 10M steps"),
-    Task("AntBullet", "a2c_continuous", "", 3, 2443, "SB3, gSDE, 6 seeds"),
+    Task("AntBullet", "a2c_continuous", "", 3, 2443, "SB3, gSDE, 6 seeds", headline="a walking ant"),
     Task("HalfCheetahBullet", "a2c_continuous", BULLET_CHEETAH, 3, 2107, "RL Zoo", note=BULLET_NOTE),
     Task("HalfCheetah", "a2c_continuous", CHEETAH, 3, 3041, "RL Zoo, v3", note="flags chosen on seeds 1, 2"),
     Task("Pendulum", "a2c_continuous", PENDULUM, 3, -163, "RL Zoo"),
-    Task("CartPole PPO", "ppo", "", 5, 500, "the maximum; RL Zoo", note="chosen on seeds 11 to 30"),
-    Task("Acrobot", "ppo", "--env-id Acrobot-v1 --total-timesteps 500000", 3, -86.4, "CleanRL"),
-    Task("LunarLander", "ppo", LANDER, 3, 242.1, "RL Zoo", note="learning rate chosen on seed 1"),
+    Task("CartPole PPO", "ppo", "", 5, 500, "the maximum; RL Zoo", headline="CartPole"),
+    Task("Acrobot", "ppo", ACROBOT, 3, -86.4, "CleanRL"),
+    Task(
+        "LunarLander",
+        "ppo",
+        LANDER,
+        3,
+        242.1,
+        "RL Zoo",
+        note="learning rate chosen on seed 1",
+        headline="LunarLander",
+    ),
     Task(
         "Pyramids",
         "rnd_ppo",
@@ -150,6 +197,7 @@ TASKS = [
         "Pyramids",
         "with curiosity",
         note="chosen on seed 1",
+        headline="Pyramids",
     ),
     Task("Pyramids 1M", "rnd_ppo", "--total-timesteps 1000000", 3, 1.75, "Unity's benchmark, 3M decisions"),
     Task("Pyramids memoryless", "rnd_ppo", "--memory 0", 3, 1.75, "", "Pyramids", "--memory 0"),
@@ -236,10 +284,10 @@ def slug(name: str) -> str:
 
 
 def read(task: Task, phase: str) -> np.ndarray:
-    """Rows (seed, step, mean, std, minutes) of a phase in the task's CSV; none if it is not there."""
+    """Rows (seed, step, mean, std, minutes, steps/s) of a phase in the CSV; none if it is not there."""
     path = HERE / "results" / f"{slug(task.name)}.csv"
     rows = list(csv.DictReader(path.open())) if path.exists() else []
-    keys = ("seed", "step", "mean_return", "std_return", "minutes")
+    keys = ("seed", "step", "mean_return", "std_return", "minutes", "steps_per_second")
     return np.array([[float(row[key] or 0) for key in keys] for row in rows if row["phase"] == phase])
 
 
@@ -270,8 +318,8 @@ def draw(name: str, tasks: list[Task]) -> None:
             )
     axes.set(
         xlabel="environment steps",
-        ylabel="return of training episodes",
-        title=tasks[0].figure or tasks[0].name,
+        ylabel="episodic return while training",
+        title=TITLES.get(tasks[0].figure or tasks[0].name, tasks[0].figure or tasks[0].name),
     )
     axes.legend(fontsize=7)
     (HERE / "figures").mkdir(exist_ok=True)
@@ -279,28 +327,61 @@ def draw(name: str, tasks: list[Task]) -> None:
     plt.close(figure)
 
 
+def down(number: float, digits: int) -> str:
+    """With so many digits, never rounded up; CSVs hold four, and 1e-6 keeps 0.7 from becoming 0.69."""
+    return f"{np.floor(number * 10**digits + 1e-6) / 10**digits:.{digits}f}"
+
+
+def duration(rows: np.ndarray) -> str:
+    """Of the median run: seconds up to two minutes, minutes up to two hours, then hours."""
+    seconds = float(np.median(rows[:, 1] / rows[:, 5]))
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def digits_of(task: Task) -> int:
+    return 3 if 0 < (task.mark or 0) < 1 else 2
+
+
+def short_table() -> str:
+    """README's table: a row per script, means over seeds."""
+    lines = ["| task | script | mean over seeds | reference | time |", "|---|---|---|---|---|"]
+    for task in TASKS:
+        rows = read(task, "evaluation")
+        if task.headline and len(rows):
+            mean = down(rows[:, 2].mean(), digits_of(task))
+            seeds = f"{mean} ({len(rows)} seeds)"
+            name = f"[{task.headline}](tests/benchmark/figures/{slug(task.figure or task.name)}.png)"
+            script = f"[{task.script}](algos/{task.script}.py)"
+            lines.append(f"| {name} | {script} | {seeds} | {task.mark:g}: {task.source} | {duration(rows)} |")
+    return "\n".join(lines)
+
+
 def table() -> str:
-    """README's table of results, one row per task that has a CSV."""
-    lines = ["| task | script | result, seed by seed | mark | steps | minutes |", "|---|---|---|---|---|---|"]
+    """The long table of RESULTS.md, one row per task that has a CSV, and the commands."""
+    lines = ["| task | script | result, seed by seed | mark | steps | time |", "|---|---|---|---|---|---|"]
     commands = []
     for task in TASKS:
         rows = read(task, "evaluation")
         if not len(rows) or not task.in_table:
             continue
-        digits = 3 if 0 < (task.mark or 0) < 1 else 2
-        # Never rounded up; CSVs hold four digits, and 1e-6 keeps 0.7 from becoming 0.69.
-        means = np.floor(rows[:, 2] * 10**digits + 1e-6) / 10**digits
-        each = ", ".join(
-            f"{mean:.{digits}f} ± {std:.{digits}f}" for mean, std in zip(means, rows[:, 3], strict=True)
-        )
+        digits = digits_of(task)
+        each = ", ".join(f"{down(row[2], digits)} ± {row[3]:.{digits}f}" for row in rows)
         steps = max(rows[:, 1])
         mark = f"{task.mark:g} ({task.source})" if task.source else "—"
-        name = f"[{task.name}](tests/benchmark/figures/{slug(task.figure or task.name)}.png)"
+        name = f"[{task.name}](figures/{slug(task.figure or task.name)}.png)"
         name += f" ({task.note})" if task.note else ""
-        minutes = f"{np.median(rows[:, 4]):.1f}"
-        lines.append(f"| {name} | {task.script} | {each} | {mark} | {steps:,.0f} | {minutes} |")
+        lines.append(f"| {name} | {task.script} | {each} | {mark} | {steps:,.0f} | {duration(rows)} |")
         commands += [f"# {task.name}", task.command]
     return "\n".join([*lines, "", "```bash", *commands, "```"])
+
+
+def put(path: Path, text: str) -> None:
+    """Replace what stands between the two marks of a Markdown file."""
+    begin, end = "<!-- results: written by tests/benchmark/learning.py -->", "<!-- end of results -->"
+    head, rest = path.read_text().split(begin)
+    path.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}")
 
 
 def main(
@@ -329,11 +410,8 @@ def main(
         group = [task for task in TASKS if name == (task.figure or task.name)]
         if any(len(read(task, "training")) for task in group):
             draw(name, group)
-    readme = (ROOT / "README.md").read_text()
-    begin, end = "<!-- results: written by tests/benchmark/learning.py -->", "<!-- end of results -->"
-    head, rest = readme.split(begin)
-    readme = f"{head}{begin}\n{table()}\n{end}{rest.split(end)[1]}"
-    (ROOT / "README.md").write_text(readme)
+    put(HERE / "RESULTS.md", table())
+    put(ROOT / "README.md", short_table())
 
 
 if __name__ == "__main__":
