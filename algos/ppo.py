@@ -48,8 +48,7 @@ New here: several epochs on the same batch, made safe by the clipped ratio.
 Run: python algos/ppo.py --env-id CartPole-v1
 Expect: 500, the largest episodic return, when greedy (always the likeliest action), after 75,000 steps and
 about 10 seconds. Why 16 environments? Once all episodes reach 500, no action is better than another, but with
-[Trick 3] the noise in A still moves the policy as far as ever. With 8, one run in 11 drifted off the track;
-this was one reason, as it was found in one of the two runs looked at, and only a part of it in the other.
+[Trick 3] the noise in A still moves the policy as far as ever: one reason why with 8 one run in 11 fell back.
 """
 
 import difflib
