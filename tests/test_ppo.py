@@ -72,14 +72,14 @@ class Lengths(Endings):
         return obs, float(action + 1), self.left == 0, False, info
 
 
-gym.register("Endings-v0", entry_point=Endings)
-gym.register("Lengths-v0", entry_point=Lengths)
+gym.register("EndingsPPO-v0", entry_point=Endings)
+gym.register("LengthsPPO-v0", entry_point=Lengths)
 
 
 def small(folder, **settings) -> Args:
     """Settings of a short run in this folder."""
     usual = {
-        "env_id": "Endings-v0",
+        "env_id": "EndingsPPO-v0",
         "num_envs": 3,
         "num_steps": 7,
         "num_minibatches": 3,
@@ -588,7 +588,7 @@ def test_evaluation_takes_the_likeliest_action_and_counts_one_episode_each(tmp_p
         return agent
 
     monkeypatch.setattr(ppo, "make_agent", agent_with_known_logits)
-    args = small(tmp_path, env_id="Lengths-v0", learning_rate=0.0, eval_episodes=23)
+    args = small(tmp_path, env_id="LengthsPPO-v0", learning_rate=0.0, eval_episodes=23)
     make_envs = ppo.make_envs
 
     def count_from_1(*arguments):
@@ -602,7 +602,7 @@ def test_evaluation_takes_the_likeliest_action_and_counts_one_episode_each(tmp_p
     assert results["std_reward"] == pytest.approx(np.std(scores))
     assert results["score"] == pytest.approx(np.mean(scores) - np.std(scores))
     assert results["eval_episodes"] == 23 and results["global_step"] == 63 and results["seed"] == args.seed
-    assert results["algo"] == "ppo" and results["env_id"] == "Lengths-v0" and results["episodes"] > 3
+    assert results["algo"] == "ppo" and results["env_id"] == "LengthsPPO-v0" and results["episodes"] > 3
     assert results["steps_per_second"] == pytest.approx(63 / results["wall_time_s"])
     assert results == json.loads((tmp_path / "run" / "results.json").read_text())
     assert f"{np.mean(scores):.2f} ± {np.std(scores):.2f} over 23 episodes" in capsys.readouterr().out
