@@ -233,13 +233,21 @@ class RMSprop(nn.Module):
         super().__init__()  # a module, for its state_dict
         self.learned = parameters
         self.param_groups = [{"lr": lr}]  # where PyTorch's optimizers keep it
-        self.v = nn.ParameterList(torch.ones_like(parameter) for parameter in parameters)
+        self.register_buffer("v", torch.ones_like(nn.utils.parameters_to_vector(parameters)))
+
+    def zero_grad(self) -> None:
+        for parameter in self.learned:
+            parameter.grad = None
 
     @torch.no_grad()
     def step(self) -> None:
-        for parameter, v in zip(self.learned, self.v, strict=True):
-            v.mul_(0.99).addcmul_(parameter.grad, parameter.grad, value=0.01)  # (12)
-            parameter.addcdiv_(parameter.grad, (v + 1e-5).sqrt(), value=-self.param_groups[0]["lr"])  # (12)
+        # All weights in one vector, as θ and ∇L in (12): one operation for all of them is several times
+        # faster than one for each of the 13 small tensors.
+        weights = nn.utils.parameters_to_vector(self.learned)
+        grad = nn.utils.parameters_to_vector([parameter.grad for parameter in self.learned])
+        self.v.mul_(0.99).addcmul_(grad, grad, value=0.01)  # (12)
+        weights.addcdiv_(grad, (self.v + 1e-5).sqrt(), value=-self.param_groups[0]["lr"])  # (12)
+        nn.utils.vector_to_parameters(weights, self.learned)
 
 
 def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
@@ -387,7 +395,7 @@ def train(args: Args) -> dict:
         loss = pg_loss + args.vf_coef * v_loss  # (9)
         if args.ent_coef:
             loss = loss - args.ent_coef * gaussian_entropy(stds)  # (9)
-        agent.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         # [Trick 5] One odd batch must not throw the policy off (OpenAI's code). Ablate: --max-grad-norm 0
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or torch.inf)

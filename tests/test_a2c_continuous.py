@@ -566,6 +566,21 @@ def test_rmsprop_by_the_written_out_formula():
     torch.testing.assert_close(vector.detach(), torch.tensor(theta))
 
 
+def test_rmsprop_moves_each_weight_by_its_own_gradient():
+    shapes = [(2, 3), (4,), (1, 1)]
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    want = []
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape)
+        v = 0.99 + 0.01 * parameter.grad**2
+        want.append(parameter.detach() - 0.1 * parameter.grad / (v + 1e-5).sqrt())
+    optimizer = RMSprop(parameters, lr=0.1)
+    optimizer.step()
+    torch.testing.assert_close([parameter.detach() for parameter in parameters], want)
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in parameters)
+
+
 def test_rmsprop_goes_on_with_what_it_saved():
     vectors = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
     first, second = (RMSprop([vector], lr=0.1) for vector in vectors)
@@ -576,7 +591,7 @@ def test_rmsprop_goes_on_with_what_it_saved():
         vector.grad = torch.tensor([3.0, -40.0])
         optimizer.step()
     want = [0.99 * (0.99 + 0.01 * g * g) + 0.01 * g * g for g in (3.0, 40.0)]
-    torch.testing.assert_close(second.v[0].detach(), torch.tensor(want))
+    torch.testing.assert_close(second.v, torch.tensor(want))
 
 
 def test_where_epsilon_stands_decides_what_a_tiny_gradient_does():
