@@ -221,35 +221,6 @@ class Agent(nn.Module):
         self.norm_return = RunningNorm(1, limit=math.inf)  # for [Trick 4]
 
 
-class RMSprop(nn.Module):
-    """[Trick 7] RMSprop as in TensorFlow, with which A2C's results were published; equation (12).
-
-    Dividing by √v lifts every gradient to the step α, noise too. With 10⁻⁵ inside the root, gradients far
-    below √10⁻⁵ = 3e-3 stay small; torch.optim.RMSprop adds it to the root, where it stops those below 10⁻⁵
-    only. And v starts at 1, not at 0: the first steps are small, not the largest. Ablate: --no-use-rms-prop
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], lr: float) -> None:
-        super().__init__()  # a module, for its state_dict
-        self.learned = parameters
-        self.param_groups = [{"lr": lr}]  # where PyTorch's optimizers keep it
-        self.register_buffer("v", torch.ones_like(nn.utils.parameters_to_vector(parameters)))
-
-    def zero_grad(self) -> None:
-        for parameter in self.learned:
-            parameter.grad = None
-
-    @torch.no_grad()
-    def step(self) -> None:
-        # All weights in one vector, as θ and ∇L in (12): one operation for all of them is several times
-        # faster than one for each of the 13 small tensors.
-        weights = nn.utils.parameters_to_vector(self.learned)
-        grad = nn.utils.parameters_to_vector([parameter.grad for parameter in self.learned])
-        self.v.mul_(0.99).addcmul_(grad, grad, value=0.01)  # (12)
-        weights.addcdiv_(grad, (self.v + 1e-5).sqrt(), value=-self.param_groups[0]["lr"])  # (12)
-        nn.utils.vector_to_parameters(weights, self.learned)
-
-
 def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
     """Generalised advantage estimation, equations (2) and (3); https://arxiv.org/abs/1506.02438, equation 16.
 
@@ -317,7 +288,7 @@ def train(args: Args) -> dict:
     agent = make_agent(args, envs, device)
     parameters = list(agent.parameters())
     if args.use_rms_prop:
-        optimizer = RMSprop(parameters, lr=args.learning_rate)
+        optimizer = RMSprop(parameters, lr=args.learning_rate)  # (12), defined below
     else:
         optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
     run = Run(args, budget=args.total_timesteps, agent=agent, optimizer=optimizer)  # --resume fills these in
@@ -468,6 +439,35 @@ def numpy_policy(agent: Agent):
         return x, x @ weight_3 + bias_3
 
     return policy
+
+
+class RMSprop(nn.Module):
+    """[Trick 7] RMSprop as in TensorFlow, with which A2C's results were published; equation (12).
+
+    Dividing by √v lifts every gradient to the step α, noise too. With 10⁻⁵ inside the root, gradients far
+    below √10⁻⁵ = 3e-3 stay small; torch.optim.RMSprop adds it to the root, where it stops those below 10⁻⁵
+    only. And v starts at 1, not at 0: the first steps are small, not the largest. Ablate: --no-use-rms-prop
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float) -> None:
+        super().__init__()  # a module, for its state_dict
+        self.learned = parameters
+        self.param_groups = [{"lr": lr}]  # where PyTorch's optimizers keep it
+        self.register_buffer("v", torch.ones_like(nn.utils.parameters_to_vector(parameters)))
+
+    def zero_grad(self) -> None:
+        for parameter in self.learned:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        # All weights in one vector, as θ and ∇L in (12): one operation for all of them is several times
+        # faster than one for each of the 13 small tensors.
+        weights = nn.utils.parameters_to_vector(self.learned)
+        grad = nn.utils.parameters_to_vector([parameter.grad for parameter in self.learned])
+        self.v.mul_(0.99).addcmul_(grad, grad, value=0.01)  # (12)
+        weights.addcdiv_(grad, (self.v + 1e-5).sqrt(), value=-self.param_groups[0]["lr"])  # (12)
+        nn.utils.vector_to_parameters(weights, self.learned)
 
 
 class RunningNorm(nn.Module):
