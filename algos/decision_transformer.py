@@ -498,6 +498,9 @@ def open_dataset(args: Args):
         if spec is None:
             fail(f"{args.dataset} names no environment: name one with --env-id")
         env_id = spec.id
+        # To make module:id imports the module, and imports run code: a stranger's file must not choose it.
+        if ":" in env_id:
+            fail(f"{args.dataset} names the environment {env_id}: to run its code, give --env-id {env_id}")
     if spec is not None and args.env_kwargs is None and env_id.rpartition(":")[2] == spec.id:
         kwargs = {name: value for name, value in spec.kwargs.items() if name != "render_mode"}
         args = replace(args, env_kwargs=json.dumps(kwargs))

@@ -515,6 +515,11 @@ def test_foreign_and_damaged_datasets_are_one_line(datasets, capfd, tmp_path, mo
         changed.pop(hidden, None)
         (data / "metadata.json").write_text(json.dumps(changed))
         assert "his code" not in refused(capfd, "--dataset", "small/cart-v0", *new)
+    # Nor by an id that names a module: gym.make would import it.
+    named = json.loads(metadata["env_spec"]) | {"id": "his_task:CartPole-v1"}
+    (data / "metadata.json").write_text(json.dumps(metadata | {"env_spec": json.dumps(named)}))
+    message = refused(capfd, "--dataset", "small/cart-v0", *new)
+    assert "his code" not in message and "--env-id his_task:CartPole-v1" in message
     (data / "metadata.json").write_text("{")
     refused(capfd, "--dataset", "small/cart-v0", *new)
     assert not (tmp_path / "new").exists()
