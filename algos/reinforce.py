@@ -808,6 +808,7 @@ def record_video(args: Args, policy, path: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C while there is nothing to save yet
     args = parse_args()
     if args.evaluate:
         evaluate(args, Path(args.evaluate), setup_torch(args))

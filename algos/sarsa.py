@@ -758,6 +758,7 @@ def draw_policy(args: Args, run_dir: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C while there is nothing to save yet
     args = parse_args()
     if args.evaluate:
         evaluate(args, Path(args.evaluate))
