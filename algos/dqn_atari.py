@@ -1,15 +1,13 @@
 """Deep Q-learning (DQN) on Atari: a network reads the screen and learns what every action is worth.
 
-Q-learning with a network in place of a table chases its own tail: frames in a row are nearly the same, and
-each correction moves the very values that it is computed from. Three stabilisers hold it: a replay memory
-mixes old and new experience; a fixed Q-target, a copy of the network, stands still for a while; and in double
-DQN one of the two networks chooses the next action while the other says what it is worth.
+The algorithm is that of dqn.py: Q-learning with a replay memory, a fixed Q-target and double Q. New is what
+images ask for. A screen becomes an observation: small, grey, four frames together. The network finds things
+wherever they are. The replay memory keeps each frame once. One step size fits games of all scores.
 
-Why a network? A table has a number for every state and says nothing about states that it has not met. Four
-frames of 84 × 84 bytes can look in 256^28224 ways, hardly any of which is met twice. A network computes
-Q(s, a) from 1.7 million weights θ instead, and moves them along a gradient: θ ← θ + α (y − Q(s, a)) ∇Q(s, a).
-That moves the values of all screens that look alike. So a network generalises, and for the same reason a
-correction in one place spoils values elsewhere that were right: hence the stabilisers, which no table needs.
+Why a network of convolutions? A plain layer, which joins each of 28,224 pixels to each unit, would have to
+learn in every place anew what a ball looks like. A convolution moves one small window of weights over the
+picture: what it learns in one place it sees in all others. Three of them take 78,000 weights. The layer
+behind them, which knows where things are, takes 1.6 million.
 
 Pseudo-code
     repeat until the budget is spent:
@@ -25,16 +23,13 @@ Equations
     (4)  y    = r + γ Q⁻(s', a*)                              valued by its copy; r after a termination
     (5)  L    = mean h(Q(s, a) − y)                           Huber: h(x) = ½ x² if |x| < 1, else |x|−½
 
-Why not simply y = r + γ max_a Q⁻(s', a)? The maximum over noisy estimates picks what errs upwards, and the
-next target is built on it. With (3) both networks must err alike on one action before y does.
-
 Symbols
     s, a, r  stack of 4 frames, action, reward     N         num_envs
     s'       the stack that the step led to        F         train_frequency
     Q        network: the discounted return,       B, |A|    batch_size, number of actions
              r + γ r' + γ² r'' + …, of a in s      C         slots of the memory per environment
     Q⁻, y    copy of the network, target of Q      d         exploration_fraction × total_timesteps
-    γ, θ, α  gamma, weights, learning_rate         t, t_0    step, learning_starts
+    γ        gamma                                 t, t_0    step, learning_starts
     L, h     loss, Huber's function                ε, ε_end  exploration, end_e
 Departures from the paper: Adam for RMSprop, tricks 3, 6 and 7, N environments at once (F counts the steps of
 all), a smaller memory and budget, a copy renewed every 250 minibatches instead of 10,000, ε_end 0.01 instead
@@ -43,8 +38,8 @@ start of a game ale-py presses FIRE where the game has such a button; the paper'
 References: DQN https://www.nature.com/articles/nature14236, double DQN https://arxiv.org/abs/1509.06461,
 how to play and report Atari games https://arxiv.org/abs/1709.06009
 
-Read first: q_learning.py (the same equations with a table).
-New here: a network in place of the table, the replay memory, the fixed target.
+Read first: dqn.py (why these equations, what each of its three stabilisers is for).
+New here: frames as observations, convolutions, a memory of frames, clipped rewards, lost lives.
 Run: python algos/dqn_atari.py --env-id ALE/SpaceInvaders-v5
      python algos/dqn_atari.py --env-id ALE/Pong-v5 --ortho-init --total-timesteps 800000 \\
          --learning-starts 10000 --learning-rate 2e-4
@@ -899,6 +894,7 @@ def record_video(args: Args, policy, path: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C while there is nothing to save yet
     args = parse_args()
     if args.evaluate:
         evaluate(args, Path(args.evaluate), setup_torch(args))

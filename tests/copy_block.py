@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-WITH_TORCH = ["ppo", "reinforce", "a2c_continuous", "dqn_atari", "ppo_continuous", "rnd_ppo"]
-WITH_TORCH += ["decision_transformer"]
+WITH_TORCH = ["ppo", "reinforce", "a2c_continuous", "dqn", "dqn_atari", "ppo_continuous", "rnd_ppo"]
+WITH_TORCH += ["ppo_atari", "decision_transformer", "icm_ppo"]
 SCRIPTS = ["q_learning", "sarsa", *WITH_TORCH]
 LINE = (
     "# ---- From here on: the run folder (save, resume, evaluate, film). The same text in every script. ----"

@@ -33,7 +33,8 @@ PROMISES += "save_checkpoint load_checkpoint evaluate record_video"
 SHARED_ARGS = "resume evaluate capture_video track wandb_project_name wandb_entity"
 # Lines from the first one to the end of `train`, at most.
 PATHS = {"q_learning": 240, "reinforce": 340, "ppo": 330, "a2c_continuous": 410, "dqn_atari": 400}
-PATHS |= {"rnd_ppo": 450, "ppo_continuous": 440, "decision_transformer": 440}
+PATHS |= {"rnd_ppo": 450, "icm_ppo": 450, "ppo_continuous": 440, "ppo_atari": 440}
+PATHS |= {"decision_transformer": 440}
 
 
 def functions(name: str) -> dict[str, str]:
@@ -165,7 +166,8 @@ def test_copied_functions_have_one_text():
                 copies.setdefault(function, {})[name] = text
     for function, texts in copies.items():
         assert len(set(texts.values())) == 1, f"{function} differs between {', '.join(texts)}"
-    for first, second in (("ppo", "rnd_ppo"), ("ppo", "reinforce")):  # theirs are the same formula
+    # theirs are the same formula
+    for first, second in (("ppo", "rnd_ppo"), ("ppo", "icm_ppo"), ("ppo", "reinforce")):
         for function in ("policy_loss",):
             if function in functions(second):
                 assert functions(first)[function] == functions(second)[function]

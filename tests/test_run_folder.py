@@ -196,6 +196,74 @@ CASES = {
             ["--seed", "-1"],
         ],
     ),
+    "dqn": Case(
+        budget="--total-timesteps",
+        small=3000,
+        flags=["--learning-starts", "500", "--eval-episodes", "5", "--checkpoint-every", "500"],
+        refused={"Pendulum-v1": "a2c_continuous.py", **OTHERS},
+        bad_flags=[
+            ["--num-envs", "0"],
+            ["--learning-starts", "3000"],
+            ["--buffer-size", "7"],
+            ["--buffer-size", "100000000000"],
+            ["--end-e", "2"],
+            ["--eval-episodes", "0"],
+            ["--seed", "-1"],
+        ],
+    ),
+    "icm_ppo": Case(
+        budget="--total-timesteps",
+        small=2048,
+        flags=[
+            *("--env-id", "CartPole-v1", "--num-envs", "4", "--num-steps", "64", "--init-steps", "8"),
+            *("--eval-episodes", "5", "--checkpoint-every", "512"),
+        ],
+        refused={
+            "Pendulum-v1": "a2c_continuous.py",
+            "PongNoFrameskip-v4": "dqn_atari.py",
+            "From1Box-v0": "no script",
+            **OTHERS,
+        },
+        bad_flags=[
+            ["--num-minibatches", "3"],
+            ["--features", "pixels"],
+            ["--predictor-share", "0"],
+            ["--total-timesteps", "100"],
+            ["--eval-episodes", "0"],
+            ["--seed", "-1"],
+        ],
+    ),
+    "ppo_atari": Case(
+        budget="--total-timesteps",
+        small=512,
+        # A game of RoadRunner is short, whatever the player does.
+        flags=[
+            *("--env-id", "ALE/RoadRunner-v5", "--num-envs", "4", "--num-steps", "16"),
+            *("--num-minibatches", "2", "--update-epochs", "1", "--eval-episodes", "2"),
+            *("--checkpoint-every", "64"),
+        ],
+        refused={
+            "CartPole-v1": "ppo.py",
+            "Pendulum-v1": "a2c_continuous.py",
+            "FrozenLake-v1": "q_learning.py",
+            "Tuple-v0": "q_learning.py",
+            "Blackjack-v1": "q_learning.py",
+            "tabular/Blackjack-v0": "tabular/Blackjack-v0",
+            "phys2d/CartPole-v1": "phys2d/CartPole-v1",
+            "ALE/Pongg-v5": "ALE/Pong-v5",
+            "Pong-v7": "Pong-v",
+            "Dict-v0": "no script",
+        },
+        bad_flags=[
+            ["--num-envs", "0"],
+            ["--num-minibatches", "3"],
+            ["--num-steps", "1000000"],
+            ["--total-timesteps", "10"],
+            ["--eval-episodes", "0"],
+            ["--seed", "-1"],
+        ],
+        broken_env=None,
+    ),
     "ppo_continuous": Case(
         budget="--total-timesteps",
         small=4096,
@@ -275,6 +343,17 @@ def start(name: str, *argv, **environment) -> subprocess.Popen:
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ALGOS
     )
+
+
+def test_ctrl_c_before_the_run_begins_ends_without_a_traceback():
+    """While the data of a training are read or played there is nothing to save, and nothing to explain."""
+    process = start("decision_transformer", "--env-id", "CartPole-v1", "--random-episodes", "1000000")
+    seen = ""
+    while "random play" not in seen:  # its bar appears after two seconds
+        seen += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in rest
 
 
 def scalars(run_dir: Path) -> dict[str, list]:

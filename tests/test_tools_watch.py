@@ -62,6 +62,7 @@ watch.MAX_SIDE = 160  # small pictures are quickly made
 RUNS = {
     "q_learning": {"total_episodes": 2000, "eval_episodes": 5},
     "sarsa": {"env_id": "CliffWalking-v1", "total_episodes": 200, "eval_episodes": 5},
+    "dqn": {"total_timesteps": 2000, "learning_starts": 500, "eval_episodes": 5},
     "dqn_atari": {
         **{"env_id": "ALE/SpaceInvaders-v5", "num_envs": 4, "total_timesteps": 600, "learning_starts": 500},
         **{"buffer_size": 1000, "batch_size": 8, "train_frequency": 50, "end_e": 1.0, "eval_episodes": 1},
@@ -71,7 +72,15 @@ RUNS = {
         **{"eval_episodes": 5},
     },
     "ppo": {"total_timesteps": 2048, "eval_episodes": 5},
+    "ppo_atari": {
+        **{"env_id": "ALE/SpaceInvaders-v5", "num_envs": 4, "num_steps": 32, "total_timesteps": 256},
+        **{"num_minibatches": 2, "update_epochs": 1, "eval_episodes": 1},
+    },
     "rnd_ppo": {
+        **{"env_id": "CartPole-v1", "total_timesteps": 512, "num_envs": 8, "num_steps": 32},
+        **{"init_steps": 8, "eval_episodes": 2},
+    },
+    "icm_ppo": {
         **{"env_id": "CartPole-v1", "total_timesteps": 512, "num_envs": 8, "num_steps": 32},
         **{"init_steps": 8, "eval_episodes": 2},
     },
@@ -87,7 +96,7 @@ def train(name: str, folder: Path, **changes) -> Path:
     script = importlib.import_module(name)
     settings = RUNS[name] | {"run_dir": str(folder)} | changes
     with pytest.MonkeyPatch.context() as patch:
-        if name == "dqn_atari":  # a whole game takes its time
+        if name in ("dqn_atari", "ppo_atari"):  # a whole game takes its time
             patch.setattr(script, "MAX_EVAL_STEPS", 100)
             watch.load_script(name).MAX_EVAL_STEPS = 100  # a module of the tool's own
         script.train(script.Args(**settings))
@@ -347,7 +356,7 @@ def test_every_script_has_a_page_to_the_last_moment(name, page_of, runs):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_film_is_that_of_the_scripts_own_evaluation(name, page_of, runs):
     """Same starts, same actions: the return is that of the first evaluation episode."""
-    if name in ("dqn_atari", "rnd_ppo"):
+    if name in ("dqn_atari", "rnd_ppo", "icm_ppo"):
         pytest.skip("its evaluation draws chance for all its environments together")
     script = importlib.import_module(name)
     args = script.Args(**RUNS[name] | {"evaluate": str(runs(name)), "eval_episodes": 1})

@@ -161,6 +161,20 @@ def read_q_network(script, args, envs, folder, checkpoint):
     return look
 
 
+def read_pixels(script, args, envs, folder, checkpoint):
+    """ppo_atari: one network from bytes (1, 4, 84, 84) to logits (1, |A|) and values (1,)."""
+    import torch
+
+    agent = load_agent(script, args, envs, folder)
+
+    @torch.inference_mode()
+    def look(obs):
+        logits, values = agent(torch.as_tensor(obs))
+        return {"probabilities": logits[0].softmax(-1).tolist(), "value": values.item()}
+
+    return look
+
+
 def read_softmax(script, args, envs, folder, checkpoint):
     """ppo, reinforce: a network for logits, another one for V(s), which reinforce may lack."""
     import torch
@@ -180,7 +194,7 @@ def read_softmax(script, args, envs, folder, checkpoint):
 
 
 def read_curious(script, args, envs, folder, checkpoint):
-    """rnd_ppo: logits, two values, and how new the newest part of the observation is."""
+    """rnd_ppo, icm_ppo: logits, two values; of rnd_ppo also how new the newest part of the observation is."""
     import torch
 
     agent = load_agent(script, args, envs, folder)
@@ -189,9 +203,11 @@ def read_curious(script, args, envs, folder, checkpoint):
     def look(obs):
         x = torch.as_tensor(obs, dtype=torch.float32)
         logits, values = agent(x)  # (1, |A|), (1, 2): of the task and of novelty
-        novelty = agent.novelty(x[:, -1:]) * agent.norm_past.scale  # as intrinsic reward
         said = {"probabilities": logits[0].softmax(-1).tolist(), "value": values[0, 0].item()}
-        return said | {"novelty": novelty.item()}
+        if hasattr(agent, "novelty"):  # that of icm_ppo needs the next observation, too
+            novelty = agent.novelty(x[:, -1:]) * agent.norm_past.scale  # as intrinsic reward
+            said["novelty"] = novelty.item()
+        return said
 
     return look
 
@@ -239,10 +255,13 @@ def read_transformer(script, args, envs, folder, checkpoint):
 READERS = {
     "q_learning": read_table,
     "sarsa": read_table,
+    "dqn": read_q_network,
     "dqn_atari": read_q_network,
     "reinforce": read_softmax,
     "ppo": read_softmax,
+    "ppo_atari": read_pixels,
     "rnd_ppo": read_curious,
+    "icm_ppo": read_curious,
     "a2c_continuous": read_gaussian,
     "ppo_continuous": read_gaussian,
     "decision_transformer": read_transformer,

@@ -120,6 +120,17 @@ DQN_PARTS = {
     "no fixed target": " --target-network-frequency 1",
     "no double Q": " --no-double-q",
 }
+# The same three on CartPole, the tricks, and the paper's loss.
+DQN_CARTPOLE_PARTS = {
+    "all parts": "",
+    "no replay": "--buffer-size 64",
+    "no fixed target": "--tau 1",
+    "no double Q": "--no-double-q",
+    "values from 0": "--initial-value 0",
+    "raw observations": "--no-norm-obs",
+    "constant learning rate": "--no-anneal-lr",
+    "Huber loss": "--huber-loss",
+}
 # Figures are titled in words; a task without a title here is titled by its name.
 TITLES = {
     "FrozenLake 4x4": "Q-learning crosses the frozen lake",
@@ -145,6 +156,8 @@ TITLES = {
     "KeyCorridor": "Curiosity in a corridor with a locked room",
     "MultiRoom": "Curiosity through four rooms",
     "ppo_ablation": "PPO on CartPole without one trick at a time",
+    "CartPole DQN": "DQN balances a pole",
+    "dqn_cartpole_ablation": "DQN on CartPole without one part at a time",
     "dqn_ablation": "DQN on a small pixel game without one part at a time",
 }
 ON_SEEDS = "flags chosen on these seeds"
@@ -157,6 +170,7 @@ TASKS = [
     Task("CartPole REINFORCE", "reinforce", "", 5, 350, "pass mark of the course", headline="CartPole"),
     Task("Pixelcopter", "reinforce", COPTER, 3, 40, "models of the course: 20 to 40", note=ON_SEEDS),
     Task("Pong PLE", "reinforce", PONG, 3, -16, "models of the course: 0 to 11", note=ON_SEEDS),
+    Task("CartPole DQN", "dqn", "", 3, 500, "the maximum; RL Zoo", headline="CartPole"),
     Task(
         "Space Invaders",
         "dqn_atari",
@@ -209,6 +223,10 @@ TASKS = [
     *(
         Task(f"ablation PPO {flag}", "ppo", flag, 3, None, "", "ppo_ablation", flag or "all tricks", False)
         for flag in ("", *PPO_TRICKS)
+    ),
+    *(
+        Task(f"ablation DQN CartPole {name}", "dqn", flag, 3, None, "", "dqn_cartpole_ablation", name, False)
+        for name, flag in DQN_CARTPOLE_PARTS.items()
     ),
     *(
         Task(

@@ -15,18 +15,21 @@ BLUE, GREEN, ORANGE, PURPLE, GREY = "#dbe9f6", "#dff0d8", "#fde8cf", "#e8def3", 
 SCRIPTS = {
     "q_learning": (0, 2, BLUE, "a table of values"),
     "sarsa": (1, 3, BLUE, "from one step\nto a whole episode"),
-    "dqn_atari": (1, 2, BLUE, "a network for the\ntable, from pixels"),
+    "dqn": (1, 2, BLUE, "a network\nfor the table"),
+    "dqn_atari": (2, 3, BLUE, "from pixels"),
     "reinforce": (1, 1, GREEN, "a network\nis the policy"),
     "a2c_continuous": (2, 1, ORANGE, "a critic; continuous\nactions"),
     "ppo": (3, 1, ORANGE, "several safe steps\nfrom one batch"),
     "decision_transformer": (2, 2, PURPLE, "learning from\nrecordings only"),
     "ppo_continuous": (4, 2, ORANGE, "robots; running\nstatistics"),
+    "ppo_atari": (4, 3, ORANGE, "from pixels; in\nseveral processes"),
     "rnd_ppo": (4, 1, ORANGE, "curiosity"),
+    "icm_ppo": (5, 1, ORANGE, "curiosity about\nwhat comes next"),
 }
 STEPS = [
-    *(("q_learning", "sarsa"), ("q_learning", "dqn_atari"), ("q_learning", "reinforce")),
+    *(("q_learning", "sarsa"), ("q_learning", "dqn"), ("q_learning", "reinforce")),
     *(("reinforce", "a2c_continuous"), ("a2c_continuous", "ppo"), ("ppo", "rnd_ppo")),
-    ("ppo", "ppo_continuous"),
+    *(("ppo", "ppo_continuous"), ("ppo", "ppo_atari"), ("dqn", "dqn_atari"), ("rnd_ppo", "icm_ppo")),
     ("reinforce", "decision_transformer"),
 ]
 
@@ -71,7 +74,7 @@ def loop() -> Figure:
 
 def path(names: set[str]) -> Figure:
     """names: the scripts that exist."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(13.2, 4.4), layout="constrained")
     axes = figure.subplots()
     at = {name: (2.35 * column, 1.15 * row) for name, (column, row, _, _) in SCRIPTS.items() if name in names}
     for first, second in STEPS:
@@ -85,9 +88,9 @@ def path(names: set[str]) -> Figure:
     for y, (colour, family) in enumerate(
         ((BLUE, "value-based"), (GREEN, "policy-based"), (ORANGE, "actor-critic"), (PURPLE, "offline"))
     ):
-        axes.add_patch(FancyBboxPatch((5.6, 3.75 - 0.3 * y), 0.2, 0.12, "round,pad=0.03", facecolor=colour))
-        axes.text(5.95, 3.81 - 0.3 * y, family, va="center", fontsize=10, color=GREY)
-    axes.set(xlim=(-1.05, 10.5), ylim=(0.6, 4.0))
+        axes.add_patch(FancyBboxPatch((11.1, 3.75 - 0.3 * y), 0.2, 0.12, "round,pad=0.03", facecolor=colour))
+        axes.text(11.45, 3.81 - 0.3 * y, family, va="center", fontsize=10, color=GREY)
+    axes.set(xlim=(-1.05, 12.85), ylim=(0.6, 4.0))
     axes.set_axis_off()
     return figure
 

@@ -76,6 +76,7 @@ CASES = {
         "device='cpu')",
     ),
     "RND Pyramids": Case("rnd_ppo", {"total_timesteps": 100_000}),
+    "ICM Pyramids": Case("icm_ppo", {"total_timesteps": 100_000}),
 }
 
 
