@@ -128,10 +128,10 @@ class Ladder(gym.Env):
         return self.observe(), reward, False, self.t == 9, {}
 
 
-gym.register("Endings-v0", entry_point=Endings)
-gym.register("Lengths-v0", entry_point=Lengths)
-gym.register("Known-v0", entry_point=Known)
-gym.register("Ladder-v0", entry_point=Ladder)
+gym.register("EndingsDQN-v0", entry_point=Endings)
+gym.register("LengthsDQN-v0", entry_point=Lengths)
+gym.register("KnownDQN-v0", entry_point=Known)
+gym.register("LadderDQN-v0", entry_point=Ladder)
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +144,7 @@ def keep_ctrl_c():
 def small(folder, **settings) -> Args:
     """Settings of a short run in this folder."""
     usual = {
-        "env_id": "Endings-v0",
+        "env_id": "EndingsDQN-v0",
         "num_envs": 3,
         "total_timesteps": 60,
         "buffer_size": 25,
@@ -703,7 +703,7 @@ def exit_code(args) -> int:
 
 def test_a_run_in_two_parts_equals_one_in_one(tmp_path, monkeypatch):
     """Where environments lose nothing at a new start, nothing is lost: memory, copy, optimizer, draws."""
-    settings = {"env_id": "Known-v0", "num_envs": 2, "total_timesteps": 160, "buffer_size": 30}
+    settings = {"env_id": "KnownDQN-v0", "num_envs": 2, "total_timesteps": 160, "buffer_size": 30}
     settings |= {"target_network_frequency": 48, "exploration_fraction": 1.0, "learning_rate": 3e-3}
     whole = small(tmp_path / "whole", **settings)
     dqn.train(whole)
@@ -765,7 +765,7 @@ def test_evaluation_is_greedy_and_counts_one_episode_each(tmp_path, monkeypatch,
         return agent
 
     monkeypatch.setattr(dqn, "make_agent", agent_with_known_values)
-    args = small(tmp_path, env_id="Lengths-v0", learning_rate=0.0, eval_episodes=23)
+    args = small(tmp_path, env_id="LengthsDQN-v0", learning_rate=0.0, eval_episodes=23)
     make_envs = dqn.make_envs
 
     def count_from_1(*arguments):
@@ -779,7 +779,7 @@ def test_evaluation_is_greedy_and_counts_one_episode_each(tmp_path, monkeypatch,
     assert results["std_reward"] == pytest.approx(np.std(scores))
     assert results["score"] == pytest.approx(np.mean(scores) - np.std(scores))
     assert results["eval_episodes"] == 23 and results["global_step"] == 60 and results["seed"] == args.seed
-    assert results["algo"] == "dqn" and results["env_id"] == "Lengths-v0" and results["episodes"] > 3
+    assert results["algo"] == "dqn" and results["env_id"] == "LengthsDQN-v0" and results["episodes"] > 3
     assert results["steps_per_second"] == pytest.approx(60 / results["wall_time_s"])
     assert results == json.loads((tmp_path / "run" / "results.json").read_text())
     assert f"{np.mean(scores):.2f} ± {np.std(scores):.2f} over 23 episodes" in capsys.readouterr().out
@@ -851,7 +851,7 @@ def test_learns_to_climb(tmp_path):
     sizes = {"total_timesteps": 6000, "learning_starts": 500, "buffer_size": 5000, "eval_episodes": 20}
     rates = {"learning_rate": 1e-3, "batch_size": 64, "train_frequency": 4, "target_network_frequency": 100}
     rates |= {"gradient_steps": 1, "initial_value": 0.0, "tau": 1.0}
-    args = Args(env_id="Ladder-v0", gamma=0.9, **sizes, **rates, run_dir=str(tmp_path / "run"))
+    args = Args(env_id="LadderDQN-v0", gamma=0.9, **sizes, **rates, run_dir=str(tmp_path / "run"))
     result = dqn.train(args)
     assert result["mean_reward"] == pytest.approx(1.0)
     # The values are those of γ: with the time limit looked through, to hold on at the top is worth 2.5.

@@ -356,8 +356,11 @@ def command_line(script: Path, settings: dict) -> str:
         if name not in settings or name in (*LOCAL, "wandb_project_name"):
             continue
         value = settings[name]
+        written = field.value
+        if isinstance(written, ast.Call) and written.keywords:
+            written = getattr(written.keywords[0].value, "body", written)  # default_factory=lambda: [64]
         try:
-            default = ast.literal_eval(field.value)
+            default = ast.literal_eval(written)
         except ValueError:  # a default that is computed: the flag is shown
             default = ...
         if value == default and name not in ("env_id", "seed"):
