@@ -41,7 +41,7 @@ COLOURS = ("0.6", "tab:red", "tab:orange", "tab:blue", "tab:green")
 # The agent sees where it is, so it needs no memory.
 SETTINGS = {"total_timesteps": 143_360, "num_envs": 32, "num_minibatches": 8, "update_epochs": 2}
 SETTINGS |= {"learning_rate": 1e-3, "memory": 0.0}
-SEEDS = (1, 2, 3, 4, 5)
+SEEDS = (3, 4, 5, 6, 7)  # 1 and 2 had been seen when the settings were chosen
 POINTS = 20  # of a curve
 COLUMNS = ("env", "variant", "seed", "step", "watching", "rooms", "task")
 
