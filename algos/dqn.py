@@ -60,7 +60,8 @@ Run: python algos/dqn.py
      python algos/dqn.py --env-id LunarLander-v3 --total-timesteps 400000 --gamma 0.99 --initial-value 0 \\
          --learning-rate 1e-3 --end-e 0.05 --buffer-size 100000 --batch-size 128 --gradient-steps 2
 Expect: CartPole's best episodic return, 500, with each of the seeds 1 to 7 after 50,000 steps, in about a
-minute (425.82 with seed 101). LunarLander: 271.32 ± 37.02 and 244.55 ± 37.31 after 400,000 steps, ten minutes (seeds 1, 2).
+minute (425.82 with seed 101). LunarLander: 271.32 ± 37.02 and 244.55 ± 37.31 (seeds 1, 2) after 400,000
+steps, in about ten minutes.
 """
 
 import difflib
