@@ -160,8 +160,8 @@ class Agent(nn.Module):
             inputs = units
         self.network = nn.Sequential(*layers, nn.Linear(inputs, num_actions))
         # [Trick 4] Start near the values to come. From 0 they climb for long, and each step of the climb
-        # pushes all units up: many are soon on for every observation, and the network loses its bends, with
-        # which it tells states apart. Ablate: --initial-value 0
+        # pushes all units up. Units that are on for every observation make the network nearly linear, and a
+        # linear function can hardly tell a safe state from a falling one. Ablate: --initial-value 0
         self.network[-1].bias.data += args.initial_value
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:

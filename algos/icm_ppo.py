@@ -73,8 +73,8 @@ Run: python algos/icm_ppo.py
      python algos/icm_ppo.py --env-id envs.noisy_tv:NoisyTV-v0 --total-timesteps 143360 --num-envs 32 \\
          --num-minibatches 8 --update-epochs 2 --learning-rate 1e-3 --memory 0  # and with --features raw
 Expect: on Pyramids the first gold after some 100,000 steps (seed 101). On the noisy television raw and random
-features stay at the screen (seed 1). Inverse ones leave it and come back: with seed 101, on which these flags
-were chosen, all episodes arrived at the reward in the end, with seeds 1, 2 and 3 hardly one ever did.
+features stay at the screen (seeds 3, 4). Inverse ones leave it and come back: with seed 101, on which these
+flags were chosen, all episodes arrived at the reward in the end, with seeds 1 to 4 hardly one ever did.
 """
 
 import difflib
@@ -240,8 +240,8 @@ class Agent(nn.Module):
                     nn.init.orthogonal_(layer.weight, gains.get(layer, 2**0.5))
                     nn.init.zeros_(layer.bias)
         if features == "inverse":
-            # [Trick 10] Random weights put all that is seen into φ, and what does not harm a guess is hardly
-            # unlearned. From next to nothing, φ grows by what helps (ours). Ablate: --phi-scale 1
+            # [Trick 10] Random weights put all that is seen into φ, and training hardly removes what a guess
+            # does not need. Begun near 0, φ takes up only what helps a guess (ours). Ablate: --phi-scale 1
             self.phi[-1].weight.data *= phi_scale
         else:
             self.phi.requires_grad_(False)

@@ -156,7 +156,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
 
 
 class Agent(nn.Module):
-    """The network of dqn_atari.py; its last layer says logits, and the value behind them."""
+    """The network of dqn_atari.py; its last layer gives one logit for each action, and then the value."""
 
     def __init__(self, num_actions: int, bf16: bool, ortho_init: bool) -> None:
         super().__init__()
