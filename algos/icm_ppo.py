@@ -556,9 +556,10 @@ class RunningNorm(nn.Module):
         http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf, equation 2.1."""
         batch_var, batch_mean = torch.var_mean(batch.double(), 0, correction=0)  # (*shape)
         self.count += len(batch)
-        weight, delta = len(batch) / self.count, batch_mean - self.mean
-        self.mean += weight * delta
-        self.var += weight * (batch_var - self.var + (1 - weight) * delta**2)
+        weight = len(batch) / self.count
+        delta = batch_mean - self.mean
+        self.mean.lerp_(batch_mean, weight)  # lerp: (1 − weight) mean + weight batch_mean
+        self.var.lerp_(batch_var + (1 - weight) * delta**2, weight)
         self.shift.copy_(self.mean)
         self.scale.copy_((self.var + 1e-8).rsqrt())
 

@@ -1,5 +1,6 @@
 """A2C: whole iterations against slow ones, the evaluation, the noise, the optimizer, and learning."""
 
+import copy
 import math
 import signal
 import sys
@@ -553,7 +554,7 @@ def test_noise_does_not_train_the_features():
 
 def test_rmsprop_by_the_written_out_formula():
     vector = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
-    optimizer = RMSprop([vector], lr=0.5)
+    optimizer = RMSprop(vector, lr=0.5)
     theta, v = [1.0, -2.0, 3.0], [1.0, 1.0, 1.0]
     for step, lr in enumerate((0.5, 0.1, 0.1)):
         grads = [0.3 * (step + 1), 1e-6, -20.0]
@@ -566,24 +567,46 @@ def test_rmsprop_by_the_written_out_formula():
     torch.testing.assert_close(vector.detach(), torch.tensor(theta))
 
 
-def test_rmsprop_moves_each_weight_by_its_own_gradient():
-    shapes = [(2, 3), (4,), (1, 1)]
-    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-    want = []
-    for parameter in parameters:
-        parameter.grad = torch.randn(parameter.shape)
-        v = 0.99 + 0.01 * parameter.grad**2
-        want.append(parameter.detach() - 0.1 * parameter.grad / (v + 1e-5).sqrt())
-    optimizer = RMSprop(parameters, lr=0.1)
-    optimizer.step()
-    torch.testing.assert_close([parameter.detach() for parameter in parameters], want)
-    optimizer.zero_grad()
-    assert all(parameter.grad is None for parameter in parameters)
+@pytest.mark.parametrize("use_rms_prop", [True, False])
+def test_one_vector_holds_all_weights_and_gradients(use_rms_prop):
+    """The agent computes as before; a step along the vector's gradient moves each weight along its own."""
+    agent = Agent(3, 2, Args(use_sde=True))
+    twin = copy.deepcopy(agent)
+    weights = a2c.one_vector(agent)
+    assert weights.numel() == sum(parameter.numel() for parameter in twin.parameters())
+    torch.testing.assert_close(agent.state_dict(), twin.state_dict(), rtol=0, atol=0)
+    obs = torch.randn(5, 3)
+
+    def loss(model):
+        features = model.features(obs)
+        return (model.mean(features) ** 2).mean() + model.noise.std(features).mean() + model.critic(obs).sum()
+
+    loss(agent).backward()
+    loss(twin).backward()
+    grads = torch.cat([parameter.grad.flatten() for parameter in twin.parameters()])
+    torch.testing.assert_close(weights.grad, grads, rtol=0, atol=0)
+    if use_rms_prop:
+        optimizer = RMSprop(weights, lr=0.1)
+        optimizer.step()
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                v = 0.99 + 0.01 * parameter.grad**2
+                parameter -= 0.1 * parameter.grad / (v + 1e-5).sqrt()
+    else:
+        torch.optim.Adam([weights], lr=0.1, fused=True).step()
+        torch.optim.Adam(twin.parameters(), lr=0.1).step()
+    torch.testing.assert_close(agent.state_dict(), twin.state_dict())
+    # What was saved reaches the vector, and what the vector learns reaches the policy in NumPy.
+    agent.load_state_dict(twin.state_dict())
+    torch.testing.assert_close(weights.data, torch.nn.utils.parameters_to_vector(twin.parameters()).detach())
+    policy = a2c.numpy_policy(agent)
+    weights.data.zero_()
+    assert not policy(obs.numpy())[1].any()
 
 
 def test_rmsprop_goes_on_with_what_it_saved():
     vectors = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
-    first, second = (RMSprop([vector], lr=0.1) for vector in vectors)
+    first, second = (RMSprop(vector, lr=0.1) for vector in vectors)
     for optimizer, vector in ((first, vectors[0]), (second, vectors[1])):
         if optimizer is second:
             second.load_state_dict(first.state_dict())
@@ -597,11 +620,11 @@ def test_rmsprop_goes_on_with_what_it_saved():
 def test_where_epsilon_stands_decides_what_a_tiny_gradient_does():
     """What the docstring claims: inside the root far less than α, outside nearly α."""
     moved = []
-    for optimizer_of in (RMSprop, lambda parameters, lr: torch.optim.RMSprop(parameters, lr=lr, eps=1e-5)):
+    for optimizer_of in (RMSprop, lambda weights, lr: torch.optim.RMSprop([weights], lr=lr, eps=1e-5)):
         parameter = torch.nn.Parameter(torch.zeros(1))
-        optimizer = optimizer_of([parameter], lr=1.0)
-        for v in getattr(optimizer, "v", []):
-            v.data.fill_(0)
+        optimizer = optimizer_of(parameter, lr=1.0)
+        if optimizer_of is RMSprop:
+            optimizer.v.zero_()
         for _ in range(2000):
             before = parameter.item()
             parameter.grad = torch.full((1,), 1e-4)
@@ -625,8 +648,15 @@ def test_the_numpy_policy_is_the_networks(norm_obs):
 
 def test_a_gpu_is_asked_for_what_is_used_only(tmp_path, monkeypatch):
     """Per rollout: 8 arrays of the policy, the deviations of the noise, the values twice."""
-    copies, cpu = [], torch.Tensor.cpu
+    copies, cpu, numpy = [], torch.Tensor.cpu, torch.Tensor.numpy
+
+    def forced(self, *, force=False):  # force: from wherever the tensor is
+        if force:
+            copies.append(self.shape)
+        return numpy(self, force=force)
+
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copies.append(self.shape) or cpu(self))
+    monkeypatch.setattr(torch.Tensor, "numpy", forced)
     monkeypatch.setattr(a2c.Run, "finish", lambda self, device: self.lock.close())
     a2c.train(make_args(tmp_path / "run", total_timesteps=150))
     assert len(copies) == 10 * 11
@@ -756,8 +786,7 @@ def test_the_gradient_is_cut_to_its_longest(tmp_path, monkeypatch):
     norms, step = [], RMSprop.step
 
     def spy(self):
-        grads = [parameter.grad.flatten() for parameter in self.learned]
-        norms.append(torch.cat(grads).norm().item())
+        norms.append(self.weights.grad.norm().item())
         step(self)
 
     monkeypatch.setattr(RMSprop, "step", spy)
