@@ -515,8 +515,8 @@ class RunningNorm(nn.Module):
         self.count += len(batch)
         weight = len(batch) / self.count
         delta = batch_mean - self.mean
-        self.mean.lerp_(batch_mean, weight)  # lerp: (1 − weight) mean + weight batch_mean
-        self.var.lerp_(batch_var + (1 - weight) * delta**2, weight)
+        self.mean += weight * delta
+        self.var += weight * (batch_var - self.var + (1 - weight) * delta**2)
         self.shift.copy_(self.mean)
         self.scale.copy_((self.var + 1e-8).rsqrt())
 
