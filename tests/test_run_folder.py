@@ -872,10 +872,13 @@ def test_ctrl_c_while_evaluating_ends_quietly(tmp_path):
     assert process.communicate(timeout=300) and process.returncode == 0
     for number in (signal.SIGINT, signal.SIGTERM):
         process = start("ppo", "--evaluate", run_dir, "--eval-episodes", "1000000")
-        time.sleep(6)
+        seen = ""
+        while "evaluation" not in seen:  # its bar appears after two seconds
+            seen += process.stderr.read(1)
+            assert process.poll() is None, seen
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
-        assert process.returncode == 128 + number and "Traceback" not in err
+        assert process.returncode == 128 + number and "Traceback" not in seen + err
 
 
 def bomb_file(case: Case, bomb) -> bytes:

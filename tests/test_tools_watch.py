@@ -4,6 +4,7 @@ import base64
 import fcntl
 import functools
 import importlib
+import importlib.metadata
 import io
 import itertools
 import json
@@ -588,7 +589,7 @@ def test_the_command_is_that_of_the_run(page_of, runs):
         "python algos/reinforce.py --num-envs 4 --total-episodes 40 --baseline value --normalize-obs "
         "--eval-episodes 5"
     )
-    assert page_of("reinforce")["versions"]["torch"] == torch.__version__
+    assert page_of("reinforce")["versions"]["torch"] == importlib.metadata.version("torch")
 
 
 def test_names_of_actions():

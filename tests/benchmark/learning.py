@@ -102,6 +102,16 @@ CHEETAH = (
     "--env-id HalfCheetah-v5 --total-timesteps 1000000 --no-use-sde --log-std-init -1 --gae-lambda 0.95 "
     "--no-use-rms-prop --learning-rate 3e-4"
 )
+ROBOT = "--learning-rate 3e-4 --num-minibatches 32 --eval-episodes 20"
+PPO_PENDULUM = (
+    "--env-id Pendulum-v1 --total-timesteps 50000 --num-envs 4 --num-steps 1024 --num-minibatches 64 "
+    "--learning-rate 1e-3 --gamma 0.9 --use-sde --log-std-init 0 --no-anneal-lr --no-norm-obs "
+    "--no-norm-reward --vf-coef 1 --no-recompute-advantages"
+)
+DQN_LANDER = (
+    "--env-id LunarLander-v3 --total-timesteps 400000 --gamma 0.99 --initial-value 0 --learning-rate 1e-3 "
+    "--end-e 0.05 --buffer-size 100000 --batch-size 128 --gradient-steps 2"
+)
 PPO_TRICKS = (
     "--no-ortho-init",
     "--no-anneal-lr",
@@ -157,6 +167,12 @@ TITLES = {
     "MultiRoom": "Curiosity through four rooms",
     "ppo_ablation": "PPO on CartPole without one trick at a time",
     "CartPole DQN": "DQN balances a pole",
+    "LunarLander DQN": "DQN lands on the moon",
+    "HalfCheetah PPO": "PPO teaches MuJoCo's cheetah to run",
+    "Hopper": "PPO teaches a leg to hop",
+    "Walker2d": "PPO teaches two legs to walk",
+    "Ant": "PPO teaches MuJoCo's ant to walk",
+    "Pendulum PPO": "PPO swings up a pendulum",
     "dqn_cartpole_ablation": "DQN on CartPole without one part at a time",
     "dqn_ablation": "DQN on a small pixel game without one part at a time",
 }
@@ -171,6 +187,7 @@ TASKS = [
     Task("Pixelcopter", "reinforce", COPTER, 3, 40, "models of the course: 20 to 40", note=ON_SEEDS),
     Task("Pong PLE", "reinforce", PONG, 3, -16, "models of the course: 0 to 11", note=ON_SEEDS),
     Task("CartPole DQN", "dqn", "", 3, 500, "the maximum; RL Zoo", headline="CartPole"),
+    Task("LunarLander DQN", "dqn", DQN_LANDER, 3, 154, "RL Zoo, 100k steps"),
     Task(
         "Space Invaders",
         "dqn_atari",
@@ -213,6 +230,13 @@ TASKS = [
         note="chosen on seed 1",
         headline="Pyramids",
     ),
+    Task(
+        "HalfCheetah PPO", "ppo_continuous", "--eval-episodes 20", 3, 5784, "Tianshou", headline="a cheetah"
+    ),
+    Task("Hopper", "ppo_continuous", "--env-id Hopper-v5 --eval-episodes 20", 3, 2383, "CleanRL"),
+    Task("Walker2d", "ppo_continuous", f"--env-id Walker2d-v5 {ROBOT}", 3, 2288, "CleanRL"),
+    Task("Ant", "ppo_continuous", f"--env-id Ant-v5 {ROBOT}", 3, 3258, "Tianshou"),
+    Task("Pendulum PPO", "ppo_continuous", PPO_PENDULUM, 3, -173.78, "the course"),
     Task("Pyramids 1M", "rnd_ppo", "--total-timesteps 1000000", 3, 1.75, "Unity's benchmark, 3M decisions"),
     Task("Pyramids memoryless", "rnd_ppo", "--memory 0", 3, 1.75, "", "Pyramids", "--memory 0"),
     Task("Pyramids without", "rnd_ppo", "--int-coef 0", 3, 1.75, "", "Pyramids", "--int-coef 0"),

@@ -46,6 +46,29 @@ ANT, CHEETAH = "pybullet_envs_gymnasium:AntBulletEnv-v0", "HalfCheetah-v5"
 CASES = {
     "Q-learning FrozenLake": Case("q_learning", {"total_episodes": 10_000}),
     "REINFORCE CartPole": Case("reinforce", {}),
+    # The settings of the RL Zoo: a minibatch for every step, hidden layers of 256.
+    "DQN LunarLander": Case(
+        "dqn",
+        {
+            "env_id": "LunarLander-v3",
+            "num_envs": 1,
+            "hidden_sizes": [256, 256],
+            "learning_rate": 6.3e-4,
+            "buffer_size": 50_000,
+            "learning_starts": 100,
+            "batch_size": 128,
+            "train_frequency": 4,
+            "gradient_steps": 4,
+            "gamma": 0.99,
+            "tau": 1.0,
+            "target_network_frequency": 250,
+            "initial_value": 0.0,
+            "total_timesteps": 8000,
+        },
+        VEC + "model = DQN('MlpPolicy', make_vec_env('LunarLander-v3', 1), learning_rate=6.3e-4, "
+        "buffer_size=50_000, learning_starts=100, batch_size=128, train_freq=4, gradient_steps=-1, "
+        "target_update_interval=250, policy_kwargs=dict(net_arch=[256, 256]), device='cpu')",
+    ),
     "DQN Space Invaders": Case(
         "dqn_atari",
         {"total_timesteps": 6000, "learning_starts": 100, "buffer_size": 10_000},
@@ -75,6 +98,20 @@ CASES = {
         + "model = PPO('MlpPolicy', make_vec_env('CartPole-v1', 4), n_steps=128, batch_size=128, n_epochs=4, "
         "device='cpu')",
     ),
+    "PPO HalfCheetah": Case(
+        "ppo_continuous",
+        {
+            "num_envs": 1,
+            "num_steps": 2048,
+            "num_minibatches": 32,
+            "learning_rate": 3e-4,
+            "recompute_advantages": False,
+            "total_timesteps": 16_384,
+        },
+        VEC + NORM + f"model = PPO('MlpPolicy', VecNormalize(make_vec_env('{CHEETAH}', 1)), n_steps=2048, "
+        "batch_size=64, n_epochs=10, device='cpu')",
+    ),
+    "PPO HalfCheetah, defaults": Case("ppo_continuous", {"total_timesteps": 40_960}),
     "RND Pyramids": Case("rnd_ppo", {"total_timesteps": 100_000}),
     "ICM Pyramids": Case("icm_ppo", {"total_timesteps": 100_000}),
 }
@@ -130,7 +167,7 @@ def measure_peer(name: str) -> None:
     import stable_baselines3
     import torch
 
-    torch.set_num_threads(1 if "DQN" not in name else torch.get_num_threads())
+    torch.set_num_threads(1)  # as many as ours
     scope = {key: getattr(stable_baselines3, key) for key in ("A2C", "DQN", "PPO")}
     exec(CASES[name].peer, scope)
     steps = CASES[name].flags["total_timesteps"]
