@@ -6,7 +6,8 @@ Run: python tests/copy_block.py          writes
 The block begins with the function `fail` and ends with the main block. What stands between the line and
 `fail` (ranges, checks, `load_policy`) is each script's own. Behind the main block every script carries its
 requirements (PEP 723): the pins of requirements.txt for what it imports. These are written here, too.
-README's links into scripts, (algos/ppo.py#L26 "ratio"), get the number of the first line with that phrase.
+Links of README.md and of its Chinese translation into scripts, (algos/ppo.py#L26 "ratio"), get the number of
+the first line with that phrase.
 Only the project's own scripts are touched: a copy that a user made is the user's.
 """
 
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 WITH_TORCH = ["ppo", "reinforce", "a2c_continuous", "dqn", "dqn_atari", "ppo_continuous", "rnd_ppo"]
 WITH_TORCH += ["ppo_atari", "decision_transformer", "icm_ppo"]
 SCRIPTS = ["q_learning", "sarsa", *WITH_TORCH]
+PAGES = ["README.md", "algos/README.zh.md"]
 LINE = (
     "# ---- From here on: the run folder (save, resume, evaluate, film). The same text in every script. ----"
 )
@@ -69,24 +71,28 @@ def rewritten(name: str, original: str) -> str:
     return head + body + "\n" + requirements(head + body)
 
 
-def line_of(link: re.Match) -> str:
-    """A link with the number of the first line that holds its phrase; ValueError if none does."""
-    path, phrase = link[1], link[2]
-    for number, line in enumerate((ROOT / path).read_text().splitlines(), 1):
-        if phrase.lower() in line.lower():
-            return f'({path}#L{number} "{phrase}")'
-    raise ValueError(f"{path} does not say {phrase!r}, to which README links")
+def with_line_numbers(page: str) -> str:
+    """A page whose links into scripts carry today's line numbers; ValueError where a phrase is gone."""
+
+    def line_of(link: re.Match) -> str:
+        path, phrase = link[1], link[2]
+        for number, line in enumerate(((ROOT / page).parent / path).read_text().splitlines(), 1):
+            if phrase.lower() in line.lower():
+                return f'({path}#L{number} "{phrase}")'
+        raise ValueError(f"{path} does not say {phrase!r}, to which {page} links")
+
+    return re.sub(r'\(((?:algos/)?\w+\.py)#L\d+ "([^"]+)"\)', line_of, (ROOT / page).read_text())
 
 
 def main() -> None:
     original = (ROOT / "algos" / "ppo.py").read_text()
     different = []
-    readme = (ROOT / "README.md").read_text()
-    linked = re.sub(r'\((algos/\w+\.py)#L\d+ "([^"]+)"\)', line_of, readme)
-    if linked != readme:
-        different.append("README.md")
-        if "--check" not in sys.argv:
-            (ROOT / "README.md").write_text(linked)
+    for page in PAGES:
+        linked = with_line_numbers(page)
+        if linked != (ROOT / page).read_text():
+            different.append(page)
+            if "--check" not in sys.argv:
+                (ROOT / page).write_text(linked)
     for name in SCRIPTS:
         path = ROOT / "algos" / f"{name}.py"
         text = rewritten(name, original)

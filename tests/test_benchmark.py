@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -97,3 +98,15 @@ def test_rally_is_won_by_who_goes_where_the_ball_will_be(looking_ahead):
             returns[n] = 0
     assert wins == ([(20, 220)] * 3 + [(20, 440)] * 3 if looking_ahead else [])
     assert not losses if looking_ahead else -1 <= np.mean(losses, axis=0)[0] < -0.6
+
+
+def test_the_table_of_the_chinese_readme_is_the_translated_one():
+    between = re.compile(r"<!-- results: .*? -->\n(.*)\n<!-- end of results -->", flags=re.S)
+    english, chinese = (
+        between.search((learning.ROOT / page).read_text())[1] for page in ("README.md", "algos/README.zh.md")
+    )
+    assert chinese == learning.in_chinese(english), "python tests/benchmark/learning.py --tasks writes both"
+    for row in chinese.splitlines():
+        cells = re.sub(r"\]\([^)]*\)", "", row).split(" | ")
+        words = re.findall(r"\b[a-z]{2,}", " ".join(cells[:1] + cells[2:]))  # the script keeps its name
+        assert not words, f"learning.CHINESE lacks {' '.join(words)}: {row}"

@@ -1,4 +1,5 @@
-"""Train every script with several seeds; write results/*.csv, figures/*.png, RESULTS.md and README's table.
+"""Train every script with several seeds; write results/*.csv, figures/*.png, RESULTS.md and README's table
+(in English and in Chinese).
 
     python tests/benchmark/learning.py                       all tasks that are not done yet: many hours
     python tests/benchmark/learning.py --tasks CartPole Taxi those whose name begins so
@@ -400,6 +401,35 @@ def short_table() -> str:
     return "\n".join(lines)
 
 
+# README's table in its Chinese translation: patterns and what stands for them.
+CHINESE = {
+    r"task \| script \| mean over seeds \| reference \| time": "任务 | 脚本 | 各种子的均值 | 参考值 | 用时",
+    r"\[a walking ant\]": "[行走的蚂蚁]",
+    r"\[a cheetah\]": "[奔跑的猎豹]",
+    r" \((\d+) seeds\)": r"（\1 个种子）",
+    r", (\d+) seeds": r"，\1 个种子",
+    r"(?<=\d): ": "：",
+    "the optimum": "最优值",
+    "the maximum; ": "最大值；",
+    "pass mark of the course": "课程的及格线",
+    ", mean − std": "，均值 − 标准差",
+    "SB3, gSDE": "SB3，gSDE",
+    "Unity's benchmark": "Unity 的基准",
+    r"(?<=\d) s \|": " 秒 |",
+    r"(?<=\d) min \|": " 分钟 |",
+    r"(?<=\d) h \|": " 小时 |",
+    r"\(tests/": "(../tests/",
+    r"\(algos/": "(",
+}
+
+
+def in_chinese(text: str) -> str:
+    """README's table for algos/README.zh.md: its words in Chinese, its links as they are from that folder."""
+    for english, chinese in CHINESE.items():
+        text = re.sub(english, chinese, text)
+    return text
+
+
 def table() -> str:
     """The long table of RESULTS.md, one row per task that has a CSV, and the commands."""
     lines = ["| task | script | result, seed by seed | mark | steps | time |", "|---|---|---|---|---|---|"]
@@ -454,6 +484,7 @@ def main(
             draw(name, group)
     put(HERE / "RESULTS.md", table())
     put(ROOT / "README.md", short_table())
+    put(ROOT / "algos/README.zh.md", in_chinese(short_table()))
 
 
 if __name__ == "__main__":
