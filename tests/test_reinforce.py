@@ -484,7 +484,7 @@ def test_what_a_run_writes_down_can_be_read_again(tmp_path):
     """The event file has each chart, with one point an update but for the variance."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = {"env_id": "Draws-v0", "num_envs": 2, "total_episodes": 8, "eval_episodes": 1, "variance_every": 3}
+    run = {"env_id": "Draws-v0", "num_envs": 3, "total_episodes": 12, "eval_episodes": 1, "variance_every": 3}
     reinforce.train(Args(baseline="value", run_dir=str(tmp_path), **run))
     events = EventAccumulator(str(tmp_path))
     events.Reload()
