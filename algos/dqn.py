@@ -59,9 +59,12 @@ New here: a network in place of the table, the replay memory, the fixed target.
 Run: python algos/dqn.py
      python algos/dqn.py --env-id LunarLander-v3 --total-timesteps 400000 --gamma 0.99 --initial-value 0 \\
          --learning-rate 1e-3 --end-e 0.05 --buffer-size 100000 --batch-size 128 --gradient-steps 2
+     python algos/dqn.py --env-id Acrobot-v1 --total-timesteps 200000 --gamma 0.99 --initial-value 0 \\
+         --learning-rate 1e-3 --end-e 0.05 --exploration-fraction 0.2 --buffer-size 50000
 Expect: CartPole's best episodic return, 500, with each of the seeds 1 to 7 after 50,000 steps, in about a
 minute (425.82 with seed 101). LunarLander: 271.32 ± 37.02 and 244.55 ± 37.31 (seeds 1, 2) after 400,000
-steps, in about ten minutes.
+steps, in about ten minutes. Acrobot: −77.24, −79.71 and −77.45 (seeds 1, 2, 3), in about four minutes. These
+flags do not solve MountainCar-v0: until the goal has been found once, nothing tells one action from another.
 """
 
 import difflib

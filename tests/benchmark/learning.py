@@ -109,6 +109,10 @@ PPO_PENDULUM = (
     "--learning-rate 1e-3 --gamma 0.9 --use-sde --log-std-init 0 --no-anneal-lr --no-norm-obs "
     "--no-norm-reward --vf-coef 1 --no-recompute-advantages"
 )
+DQN_ACROBOT = (
+    "--env-id Acrobot-v1 --total-timesteps 200000 --gamma 0.99 --initial-value 0 --learning-rate 1e-3 "
+    "--end-e 0.05 --exploration-fraction 0.2 --buffer-size 50000"
+)
 DQN_LANDER = (
     "--env-id LunarLander-v3 --total-timesteps 400000 --gamma 0.99 --initial-value 0 --learning-rate 1e-3 "
     "--end-e 0.05 --buffer-size 100000 --batch-size 128 --gradient-steps 2"
@@ -168,6 +172,7 @@ TITLES = {
     "MultiRoom": "Curiosity through four rooms",
     "ppo_ablation": "PPO on CartPole without one trick at a time",
     "CartPole DQN": "DQN balances a pole",
+    "Acrobot DQN": "DQN swings up an acrobot",
     "LunarLander DQN": "DQN lands on the moon",
     "HalfCheetah PPO": "PPO teaches MuJoCo's cheetah to run",
     "Hopper": "PPO teaches a leg to hop",
@@ -188,6 +193,7 @@ TASKS = [
     Task("Pixelcopter", "reinforce", COPTER, 3, 40, "models of the course: 20 to 40", note=ON_SEEDS),
     Task("Pong PLE", "reinforce", PONG, 3, -16, "models of the course: 0 to 11", note=ON_SEEDS),
     Task("CartPole DQN", "dqn", "", 3, 500, "the maximum; RL Zoo", headline="CartPole"),
+    Task("Acrobot DQN", "dqn", DQN_ACROBOT, 3, -91.5, "CleanRL, 500k steps"),
     Task("LunarLander DQN", "dqn", DQN_LANDER, 3, 154, "RL Zoo, 100k steps"),
     Task(
         "Space Invaders",
