@@ -366,7 +366,7 @@ def train(args: Args) -> dict:
         loss = pg_loss + args.vf_coef * v_loss  # (9)
         if args.ent_coef:
             loss = loss - args.ent_coef * gaussian_entropy(stds)  # (9)
-        weights.grad.zero_()
+        weights.grad.zero_()  # else the gradients of all rollouts would add up
         loss.backward()
         # [Trick 5] One odd batch must not throw the policy off (OpenAI's code). Ablate: --max-grad-norm 0
         grad_norm = nn.utils.clip_grad_norm_(weights, args.max_grad_norm or torch.inf)

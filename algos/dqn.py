@@ -51,7 +51,7 @@ Departures from the paper: vectors for images, Adam for RMSprop, the square (5) 
 6, N environments at once (F counts the steps of all), learning in phases, smaller networks and budgets, more
 exploration at the end, and after a time limit, which is no failure, (4) goes on.
 References: DQN https://www.nature.com/articles/nature14236, double DQN https://arxiv.org/abs/1509.06461,
-replay memory https://doi.org/10.1007/BF00992699. RunningNorm, below, names that of (7).
+replay memory https://doi.org/10.1007/BF00992699; for (7) see RunningNorm, below `train`.
 
 Read first: q_learning.py (the same equations with a table).
 New here: a network in place of the table, the replay memory, the fixed target.
@@ -62,7 +62,7 @@ Run: python algos/dqn.py
          --learning-rate 1e-3 --end-e 0.05 --exploration-fraction 0.2 --buffer-size 50000
 Expect: CartPole's best episodic return, 500, with each of the seeds 1 to 7 after 50,000 steps, in about a
 minute (425.82 with seed 101). LunarLander: 271.32 and 244.55 (seeds 1, 2) after 400,000 steps, in about ten
-minutes. Acrobot: −77.24, −79.71, −77.45 (seeds 1, 2, 3), in about four. MountainCar-v0 is not solved so.
+minutes. Acrobot: −77.24, −79.71, −77.45 (seeds 1, 2, 3), in about four. MountainCar-v0 is not solved yet.
 """
 
 import difflib

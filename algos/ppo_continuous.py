@@ -68,8 +68,8 @@ Run: python algos/ppo_continuous.py
          --num-steps 1024 --num-minibatches 64 --learning-rate 1e-3 --gamma 0.9 --use-sde --log-std-init 0 \\
          --no-anneal-lr --no-norm-obs --no-norm-reward --vf-coef 1 --no-recompute-advantages
 Expect: episodic returns after 1M steps (seeds 1, 2, 3): MuJoCo's cheetah 5,620, 7,114, 4,427, the one-legged
-hopper 3,336, 3,426, 3,227, the walker 2,333, 2,904, 4,493; each in 5 to 10 minutes on one core. The
-pendulum has −177, −192, −216 after 50,000 steps, in about 20 seconds.
+hopper 3,336, 3,426, 3,227, the walker 2,333, 2,904, 4,493; each in 5 to 15 minutes on one core. The
+pendulum has −177, −192, −216 after 50,000 steps, in about half a minute.
 """
 
 import difflib
