@@ -574,6 +574,10 @@ def start_run(args: Args, ranks: Ranks, agent: Agent, **parts) -> "Run | Followe
 
 def connect(device: torch.device) -> tuple[int, int]:
     """Connect the processes that torchrun started. Returns the rank of this one, and how many there are."""
+    # The optimizer imports this at its first use. Imported while ranks are connected, it keeps the connection
+    # beyond Ranks.leave, and with it threads that can crash the process when Python ends.
+    import torch._dynamo
+
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # a GPU for each rank
     store, rank, count = next(dist.rendezvous("env://"))  # where the ranks leave each other their addresses
