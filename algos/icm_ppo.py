@@ -699,7 +699,8 @@ def load_policy(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, device: t
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """End with one line on stderr; exit code 2 means bad input."""
-    print("error: " + " ".join(message.split())[:400], file=sys.stderr)
+    # On a line of its own, above the progress bar if there is one.
+    tqdm.write("error: " + " ".join(message.split())[:400], file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -941,7 +942,10 @@ def open_folder(args: Args) -> tuple[Path, IO]:
 
         names = {"name": run_dir.name, "id": run_dir.name, "resume": "allow", "dir": run_dir}
         project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
-        wandb.init(**names, **project, sync_tensorboard=True)
+        try:
+            wandb.init(**names, **project, sync_tensorboard=True)
+        except wandb.Error as error:  # not logged in, no network
+            fail(f"--track does not work here, WANDB_MODE=offline does: {error}")
     return run_dir, lock
 
 
@@ -957,8 +961,12 @@ def is_new(path: Path) -> bool:
 def write_file(path: Path, data: bytes) -> None:
     """Write under a temporary name and move into place, so that no crash leaves half a file."""
     temporary = path.with_name("tmp-" + path.name)
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:  # no room left, or no right to write any more
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {error}; what was saved before is unchanged", code=1)
 
 
 def save_checkpoint(run_dir: Path, checkpoint: dict) -> None:

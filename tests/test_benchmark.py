@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmark"))
-learning, rally = (importlib.import_module(name) for name in ("learning", "rally"))
+learning, rally, promises = map(importlib.import_module, ("learning", "rally", "promises"))
 Task = learning.Task
 
 
@@ -110,3 +110,17 @@ def test_the_table_of_the_chinese_readme_is_the_translated_one():
         cells = re.sub(r"\]\([^)]*\)", "", row).split(" | ")
         words = re.findall(r"\b[a-z]{2,}", " ".join(cells[:1] + cells[2:]))  # the script keeps its name
         assert not words, f"learning.CHINESE lacks {' '.join(words)}: {row}"
+
+
+def test_broken_promises_are_counted(monkeypatch, capsys):
+    assert promises.one_line(2, "error: no\n") == ""
+    assert "exit code 1" in promises.one_line(1, "error: no\n")
+    assert "exit code 2" in promises.one_line(2, "no\n")
+    assert promises.one_line(2, "Traceback …\nKeyError: 3\n") == "a traceback: KeyError: 3"
+    ppo = importlib.import_module("ppo")
+    monkeypatch.delitem(ppo.RANGES, "num_steps")
+    monkeypatch.setattr(promises, "NONSENSE", ["-1"])
+    table = promises.Table()
+    promises.flags(table, promises.Options(scripts=("ppo",)))
+    assert table.tried["a flag with nonsense"] == [len(ppo.Args.__dataclass_fields__), 1]
+    assert "ppo ['--num-steps', '-1']" in capsys.readouterr().out

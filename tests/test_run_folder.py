@@ -824,6 +824,53 @@ def test_a_strangers_folder_imports_no_module_of_his(name, tmp_path, monkeypatch
         assert code == "his code ran"
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_room_left_is_a_line_and_the_old_file_stays(name, tmp_path, monkeypatch, capfd):
+    module = importlib.import_module(name)
+    path = tmp_path / "checkpoint.pt"
+    module.write_file(path, b"old")
+
+    def full(self, data) -> None:
+        with open(self, "wb") as file:
+            file.write(data[:1])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        module.write_file(path, b"new")
+    err = capfd.readouterr().err
+    assert stopped.value.code == 1 and len(err.splitlines()) == 1 and "No space left" in err
+    assert path.read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_track_without_a_login_is_one_line(name, tmp_path, monkeypatch, capfd):
+    import wandb
+
+    module = importlib.import_module(name)
+
+    def refuse(**_):
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(SystemExit) as stopped:
+        module.open_folder(module.Args(track=True, run_dir=str(tmp_path / "run")))
+    err = capfd.readouterr().err
+    assert stopped.value.code == 2 and len(err.splitlines()) == 1 and "No API key" in err
+
+
+def test_an_error_stands_on_a_line_of_its_own_below_no_bar(capfd):
+    import ppo
+
+    bar = ppo.tqdm(total=10)
+    bar.update(3)
+    with pytest.raises(SystemExit):
+        ppo.fail("broken")
+    bar.close()
+    assert "error: broken" in capfd.readouterr().err.splitlines()
+
+
 NONSENSE = ["nan", "inf", "-inf", "-1", "0", "1e30", str(10**23), "text", ""]
 
 
