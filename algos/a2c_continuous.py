@@ -21,10 +21,10 @@ Equations
     (7)  L_V = mean (V(s) − R)²                              without the ½ of other scripts, as in SB3
     (8)  H   = Σ_j [ln σ_j + ½ ln 2πe]                       entropy: how open the choice is, in nats
     (9)  L   = L_π + c_V L_V − c_H mean H
-    (10) ξ_j = Σ_i φ_i(s) W_ij,  W_ij ~ Normal(0, σ_ij²)     noise as a function of the state (gSDE), from
-         so σ_j(s)² = Σ_i φ_i(s)² σ_ij²                      feature i to part j of the action
-    (11) mean ← mean + w Δ,   var ← (1−w) var + w var_new + w (1−w) Δ²
-         running statistics: Δ = mean_new − mean, w = share of the new numbers in all numbers so far
+    (10) ξ_j = Σ_i φ_i(s) W_ij,  W_ij ~ Normal(0, σ_ij²)     --use-sde (gSDE): noise made of features φ_i(s),
+         so σ_j(s)² = Σ_i φ_i(s)² σ_ij²                      for part j of a; W is drawn, σ_ij is learned
+    (11) mean ← mean + w Δ,   var ← (1−w) var + w var_new + w (1−w) Δ²,   Δ = mean_new − mean
+         running statistics of all s so far, for (s − mean) / √var. new: of one batch; w: its share in all
     (12) v ← 0.99 v + 0.01 g²,   θ ← θ − α g / √(v + 10⁻⁵)   RMSprop, as in TensorFlow
 
 What is an action worth? Q(s,a) is the mean of the discounted return r_t + γ r_{t+1} + γ² r_{t+2} + … after
@@ -37,9 +37,9 @@ right, and δ_t is one sample of A(s_t,a_t). A target with an estimate in it is 
 
 An estimate of A may also look k steps ahead, and bootstrap after k rewards; with k = 1 it is δ_t:
     A^(k)_t = r_t + γ r_{t+1} + … + γ^{k−1} r_{t+k−1} + γ^k V(s_{t+k}) − V(s_t)
-A near look believes V, which may be wrong (bias). A far look is full of luck (variance); to the very end, it
-is the G_t − V(s_t) of reinforce.py. Generalised advantage estimation (GAE), (3), averages all looks, with the
-weights (1−λ) λ^{k−1}. The last look, to an ending or the rollout's end, gets all the weight that is left.
+A near look believes V, which may be wrong (bias); a far one, up to the G_t − V(s_t) of reinforce.py, is full
+of luck (variance). As A^(k)_t = δ_t + γ δ_{t+1} + … + γ^{k−1} δ_{t+k−1}, (3) is a mean of all looks, with
+weights (1−λ) λ^{k−1}, the rest for the longest: generalised advantage estimation (GAE). λ = 0: only δ_t.
 
 Symbols
     s, a, r   observation, action, reward            T, N      num_steps, num_envs; B = T·N, the batch
@@ -50,7 +50,7 @@ Symbols
     δ, A, R   TD error, advantage, target of V       α, v      learning_rate, running mean of g²
 Departures from the paper (A3C): environments step together, not in threads that overwrite each other's work
 (the missing A, asynchronous); GAE; the numbered tricks (each can be switched off); and after a time limit,
-which is no failure, (2) looks at the last observation before the reset.
+where more could follow, (2) looks at the last observation before the reset.
 References: A3C https://arxiv.org/abs/1602.01783, GAE https://arxiv.org/abs/1506.02438, gSDE
 https://arxiv.org/abs/2005.05719, time limits https://arxiv.org/abs/1712.00378, (11), by Chan et al.
 http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf
@@ -141,7 +141,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
 
     SAME_STEP: the step that ends an episode also resets; info["final_obs"] is the observation before that.
     """
-    # Not for a film: its last picture is drawn after the last step, and must not be that of the next episode.
+    # For a video NEXT_STEP: the picture drawn after an episode's last step must not show the next episode.
     mode = AutoresetMode.SAME_STEP if render_mode is None else AutoresetMode.NEXT_STEP
     options = {"autoreset_mode": mode, "copy": False}  # the next step overwrites what a step returned
     # The robots of PyBullet are known to Gymnasium once their package is imported.
@@ -227,7 +227,7 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
     rewards, values: (T, N) float. next_values: (T, N), the value of the observation each step led to, before
     any reset. terminated, truncated: (T, N) bool. Returns the advantages (T, N), in units of reward.
     """
-    # A time limit is no failure: only `terminated` means "worth nothing from here".
+    # After a time limit more could follow: the next value counts. After `terminated` nothing follows.
     deltas = rewards + gamma * np.where(terminated, 0.0, next_values) - values  # (2)
     # Either ending cuts the sum: the row below belongs to another episode.
     decay = np.where(terminated | truncated, 0.0, gamma * gae_lambda)
@@ -305,7 +305,7 @@ def train(args: Args) -> dict:
     terminated = np.zeros((T, N), dtype=bool)
     truncated = np.zeros((T, N), dtype=bool)
     earned = np.zeros(N)  # by each environment in its episode so far, discounted
-    # Environments cannot be saved: a resumed run starts new episodes from new seeds. 0: those of training.
+    # Environments cannot be saved: a resumed run starts new episodes (new seeds; 0: training, 1: evaluation).
     current_obs, _ = envs.reset(seed=env_seeds(N, args.seed, 0, run.step))
     while run.goes_on(args.batch_size):  # until the budget is spent; saves when that is due
         # [A] collect
@@ -337,9 +337,9 @@ def train(args: Args) -> dict:
             agent.norm_obs.update(b_obs)
         learned_rewards = rewards
         if args.norm_reward:
-            # [Trick 4] Returns of scale 1, whatever the rewards' unit. Else the large errors of V make a
-            # large gradient; trick 5 shortens all of it, and by (12) so small a policy gradient hardly
-            # counts. Way and limit of 10 are those of OpenAI's VecNormalize. Ablate: --no-norm-reward
+            # [Trick 4] Returns of scale 1, whatever the rewards' unit. Else large errors of V make a long
+            # gradient; trick 5 shortens all of it, and the policy's share gets so small that 10⁻⁵ in (12)
+            # outweighs its v: tiny steps. As in OpenAI's VecNormalize, limit 10 too. Ablate: --no-norm-reward
             sums, earned = discounted_sums(rewards, terminated | truncated, earned, args.gamma)
             agent.norm_return.update(torch.from_numpy(sums).to(device).reshape(-1, 1))  # (T*N, 1)
             learned_rewards = (rewards * agent.norm_return.scale.item()).clip(-10, 10)

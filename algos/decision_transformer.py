@@ -25,19 +25,19 @@ Equations
 
 Attention, (4), is how a token looks back. Its query q_i is compared with the key k_j of each earlier token
 and of itself; the closer the match, the more of the value v_j it takes over. Later tokens are out of sight
-(causal), so one pass over a window trains K predictions, none of which has seen its answer. That also makes
-padding simple: a window that reaches beyond the end of its episode is filled up behind, where nobody looks.
-e_t, learned for each time step t, tells the three tokens of a step when they are.
+(causal): one pass over a window trains K predictions, none of which has seen its answer. If an episode ends
+inside the window, useless steps fill the rest: they come last, so no real token looks at them (padding).
+e_t, learned for each time step t, tells the three tokens of a step which step of the episode it is.
 
 Why should that find anything better than the data? Because it learns step by step. In the graph of
 envs/graph.py one walk may show the best way from A to B and another one that from B to the goal, each with
 detours elsewhere: asked for the shortest way from A, the transformer follows the first and then the second,
 along a path that no walk went (stitching). Nothing is estimated from a guess, as in Q-learning, and no
-policy gradient is needed: it is supervised learning. The price: where the return was luck, wishing does not
-help, and what no episode shows a piece of cannot be had by asking for more.
+policy gradient is needed: it is supervised learning. The price: if a high return was luck, asking for it does
+not bring it back, and asking for more finds no way with a piece that no episode shows.
 
 Behaviour cloning copies what the data do, good and bad: the same network without return tokens,
---no-condition. What it lacks beside a decision transformer is what the wish is worth.
+--no-condition. The difference of the two results shows what asking for a return gains.
 
 Symbols
     s, a, r   state (observation), action, reward    K, B      context_length, batch_size
@@ -133,7 +133,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
 
     SAME_STEP: the step that ends an episode also resets; info["final_obs"] is the observation before that.
     """
-    # Not for a film: its last picture is drawn after the last step, and must not be that of the next episode.
+    # For a video NEXT_STEP: the picture drawn after an episode's last step must not show the next episode.
     mode = AutoresetMode.SAME_STEP if render_mode is None else AutoresetMode.NEXT_STEP
     more = {"vector_kwargs": {"autoreset_mode": mode}, "render_mode": render_mode}
     return Tell(gym.make_vec(args.env_id, num_envs, "sync", **more, **json.loads(args.env_kwargs or "{}")))

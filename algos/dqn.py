@@ -26,11 +26,11 @@ Equations
     (4)  y    = r + γ Q⁻(s', a*)                              valued by its copy; r after a termination
     (5)  L    = mean (Q(s, a) − y)²                           over a minibatch
     (6)  θ⁻   ← θ⁻ + τ (θ − θ⁻)                               the weights of the copy follow
-    (7)  mean ← mean + w Δ,   var ← (1−w) var + w var_new + w (1−w) Δ²
-         running statistics: Δ = mean_new − mean, w = share of the new numbers in all numbers so far
+    (7)  mean ← mean + w Δ,   var ← (1−w) var + w var_new + w (1−w) Δ²,   Δ = mean_new − mean
+         running statistics of all s so far, for (s − mean) / √var. new: of one batch; w: its share in all
 
-Why not simply y = r + γ max_a Q⁻(s', a)? The maximum over noisy estimates picks what errs upwards, and the
-next target is built on it. With (3) both networks must err alike on one action before y does.
+Why not simply y = r + γ max_a Q⁻(s', a)? The largest of noisy estimates is mostly one that is too high, and
+the next target is built on it. With (3), y is too high only if the copy overrates the action that Q chose.
 
 Why not the paper's Huber loss? For errors x above 1 it is |x| − ½, and its gradient is the same for all of
 them. The values of CartPole are around 100. A fall is then an error of 100, and the many steps that went well
@@ -49,7 +49,7 @@ Symbols
     γ, α     gamma, learning_rate
 Departures from the paper: vectors for images, Adam for RMSprop, the square (5) for Huber's loss, tricks 3 to
 6, N environments at once (F counts the steps of all), learning in phases, smaller networks and budgets, more
-exploration at the end, and after a time limit, which is no failure, (4) goes on.
+exploration at the end, and after a time limit, where more could follow, (4) is unchanged.
 References: DQN https://www.nature.com/articles/nature14236, double DQN https://arxiv.org/abs/1509.06461,
 replay memory https://doi.org/10.1007/BF00992699; for (7) see RunningNorm, below `train`.
 
@@ -138,7 +138,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
 
     SAME_STEP: what ends is reset at once, and info["final_obs"] keeps the observation before the reset.
     """
-    # Not for a film: its last picture is drawn after the last step, and must not be that of the next episode.
+    # For a video NEXT_STEP: the picture drawn after an episode's last step must not show the next episode.
     mode = AutoresetMode.SAME_STEP if render_mode is None else AutoresetMode.NEXT_STEP
     options = {"autoreset_mode": mode}
     envs = gym.make_vec(args.env_id, num_envs, "sync", vector_kwargs=options, render_mode=render_mode)
@@ -226,7 +226,7 @@ def td_target(rewards, terminated, target_q, choosing_q, gamma):
     """
     best = choosing_q.argmax(1, keepdim=True)  # (B, 1), (3)
     next_value = target_q.gather(1, best).squeeze(1)  # (B, 1) -> (B,)
-    # A time limit is no failure: only `terminated` means "worth nothing from here".
+    # After a time limit more could follow: the next value counts. After `terminated` nothing follows.
     return rewards + gamma * next_value.masked_fill(terminated, 0.0)  # (4)
 
 
@@ -245,10 +245,10 @@ def train(args: Args) -> dict:
     device = setup_torch(args)
     envs = make_envs(args, args.num_envs)
     agent = make_agent(args, envs, device)
-    # [Trick 2] Fixed Q-target: each correction moves the values of neighbouring states too; if those were its
-    # own goal, it would run after itself. The paper's copy stands still and is renewed after many steps
-    # (--target-network-frequency 1000 --tau 1). This one follows at a distance: every goal moves a little at
-    # a time (https://arxiv.org/abs/1509.02971). Ablate: --tau 1
+    # [Trick 2] Fixed Q-target: each correction also moves the values of similar states. If y came from the
+    # same network, it would move, too, and might stay out of reach. The paper's copy is renewed after many
+    # steps (--target-network-frequency 1000 --tau 1). This one follows slowly: every y moves a little at a
+    # time (https://arxiv.org/abs/1509.02971). Ablate: --tau 1 (copy = network)
     target = make_agent(args, envs, device).requires_grad_(False)
     target.load_state_dict(agent.state_dict())
     target.norm_obs = agent.norm_obs  # both see the same numbers
@@ -261,12 +261,12 @@ def train(args: Args) -> dict:
     N = args.num_envs
     num_actions = agent.network[-1].out_features
     exploration_steps = args.exploration_fraction * args.total_timesteps  # d
-    phases = max(run.step, args.learning_starts) // args.train_frequency  # of learning, until now
-    updates = phases * args.gradient_steps  # minibatches
+    phases = max(run.step, args.learning_starts) // args.train_frequency  # so far; up to t_0 they are skipped
+    updates = phases * args.gradient_steps  # minibatches so far; copy_every, too, counts minibatches
     copy_every = max(1, args.target_network_frequency * args.gradient_steps // args.train_frequency)
     logged_step = run.step
     loss = None
-    # Environments cannot be saved: a resumed run starts new episodes from new seeds.
+    # Environments cannot be saved: a resumed run starts new episodes (new seeds; 0: training, 1: evaluation).
     obs, _ = envs.reset(seed=env_seeds(N, args.seed, 0, run.step))
     while run.goes_on(N):
         # [A] act

@@ -33,8 +33,8 @@ Symbols
     L, h     loss, Huber's function                ε, ε_end  exploration, end_e
 Departures from the paper: Adam for RMSprop, tricks 3, 6 and 7, N environments at once (F counts the steps of
 all), a smaller memory and budget, a copy renewed every 250 minibatches instead of 10,000, ε_end 0.01 instead
-of 0.1 (in evaluation 0.01 instead of 0.05), and after a time limit, which is no failure, (4) goes on. At the
-start of a game ale-py presses FIRE where the game has such a button; the paper's agent must learn to serve.
+of 0.1 (in evaluation 0.01 instead of 0.05), and (4) unchanged after a time limit, where more could follow.
+At the start of a game ale-py presses FIRE if there is such a button; the paper's agent must learn to serve.
 References: DQN https://www.nature.com/articles/nature14236, double DQN https://arxiv.org/abs/1509.06461,
 how to play and report Atari games https://arxiv.org/abs/1709.06009
 
@@ -135,7 +135,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     of a game.
     SAME_STEP: the step that ends an episode also resets; info["final_obs"] is the observation before that.
     """
-    # Not for a film: its last picture is drawn after the last step, and must not be that of the next episode.
+    # For a video NEXT_STEP: the picture drawn after an episode's last step must not show the next episode.
     mode = AutoresetMode.SAME_STEP if render_mode is None else AutoresetMode.NEXT_STEP
     # Lives are watched in info["lives"]: the emulator's own signal would look like the end of the game.
     options = {"autoreset_mode": mode, "reward_clipping": False, "num_envs": num_envs}
@@ -278,7 +278,7 @@ def td_target(rewards, terminated, target_q, choosing_q, gamma):
     """
     best = choosing_q.argmax(1, keepdim=True)  # (B, 1), (3)
     next_value = target_q.gather(1, best).squeeze(1)  # (B, 1) -> (B,)
-    # A time limit is no failure: only `terminated` means "worth nothing from here".
+    # After a time limit more could follow: the next value counts. After `terminated` nothing follows.
     return rewards + gamma * next_value.masked_fill(terminated, 0.0)  # (4)
 
 
@@ -320,7 +320,7 @@ def train(args: Args) -> dict:
     seconds_before = time.perf_counter() - run.started
     if refill:
         run.bar.set_postfix_str(f"the replay memory is filled again: {refill:,} steps")
-    # Environments cannot be saved: a resumed run starts new episodes from new seeds. 0: those of training.
+    # Environments cannot be saved: a resumed run starts new episodes (new seeds; 0: training, 1: evaluation).
     obs, info = envs.reset(seed=env_seeds(N, args.seed, 0, run.step))
     memory.start(all_envs, obs)
     lives = info["lives"]

@@ -14,10 +14,10 @@ What should the model predict? Features φ: numbers computed from an observation
     inverse  outputs of a network that learns. A second model, the inverse model, guesses from φ(s_t) and
              φ(s_{t+1}) which action was taken, and its loss trains φ. So φ comes to hold what actions
              change, and the rest has no reason to enter. This is ICM, the intrinsic curiosity module.
-Each has its weakness. What chance decides is never predicted, however often it is seen: a noisy television
-pays for ever whoever predicts raw or random features. To inverse features noise is of no use, as long as
-it comes by itself; a remote control in the agent's hand makes it an effect of an action. And they may miss
-what no action of the agent changes, but matters. (tests/benchmark/noisy_tv.py puts all of them to the test.)
+Each has its weakness. What chance decides is never predicted, however often it is seen: with raw or random
+features a noisy television pays for ever. Inverse features leave out noise that comes by itself, but if the
+agent has a remote control, the noise is an effect of its actions. And inverse features may miss what matters
+but depends on no action. (tests/benchmark/noisy_tv.py puts all of them to the test.)
 
 Pseudo-code
     watch a random policy, to know the scale of the observations
@@ -39,8 +39,8 @@ Equations; those of rnd_ppo.py but for (9), (11) and (16)
     (9)  L   = L_π + c_V (L_V^E + L_V^I) − c_H mean H + mean e + L_g
     (10) x   = clip((s − mean) / deviation, −5, 5)           running statistics of each element of s
     (11) e_t = mean_j (f_j(φ(x_t), a_t) − φ_j(x_{t+1}))²     error of f, the forward model; trains f
-    (12) u_t = γ_I u_{t−1} + e_t                             past errors of each environment, discounted
-    (13) i_t = e_t / deviation(u)                            intrinsic reward; its returns have one scale
+    (12) u_t = γ_I u_{t−1} + e_t                             past e, discounted: about as large as a return
+    (13) i_t = e_t / deviation(u)                            intrinsic reward; its returns get deviation ≈ 1
     (14) A   = c_E A^E + c_I A^I
     (15) m_t = β m_{t−1} + (1−β) s_t                         memory, a fading average; m_0 = s_0
     (16) L_g = −mean ln g(a_t | φ(x_t), φ(x_{t+1}))          loss of g, the inverse model; trains g and φ
@@ -59,8 +59,8 @@ Symbols
     f, g      forward model, inverse model         m, β      memory, --memory: how slowly it fades
     e, i, u   error, intrinsic reward, (12)
 Departures from the paper: its e trains φ, too; here, as in the large study, it does not, for features that
-never change are the easiest to predict. So no weight has a part in two of the three losses L_g, mean e and
-that of PPO, and (9) needs no weights for them: an Adam step hardly depends on the scale of its loss. φ sees
+never change are the easiest to predict. So each parameter learns from one of three losses only, L_g, mean e
+or PPO's, and (9) needs no coefficients for them: an Adam step hardly depends on the scale of its loss. φ sees
 one frame instead of four. PPO takes the place of A3C. Two values, returns across endings, the memory, and
 (13), by which the rewards of all three kinds of features have one size, come from rnd_ppo.py.
 References: ICM https://arxiv.org/abs/1705.05363, the large study https://arxiv.org/abs/1808.04355
@@ -165,7 +165,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
 
     SAME_STEP: the step that ends an episode also resets; info["final_obs"] is the observation before that.
     """
-    # Not for a film: its last picture is drawn after the last step, and must not be that of the next episode.
+    # For a video NEXT_STEP: the picture drawn after an episode's last step must not show the next episode.
     mode = AutoresetMode.SAME_STEP if render_mode is None else AutoresetMode.NEXT_STEP
     options = {"autoreset_mode": mode}
     if args.env_id.startswith("ALE/"):
@@ -309,7 +309,7 @@ def train(args: Args) -> dict:
         for _ in range(args.init_steps):
             current_obs, *_ = envs.step(torch.randint(num_actions, (N,)).numpy())
             agent.norm_obs.update(torch.from_numpy(current_obs[:, -1:]).to(device))
-    # Environments cannot be saved: a resumed run starts new episodes from new seeds. 0: those of training.
+    # Environments cannot be saved: a resumed run starts new episodes (new seeds; 0: training, 1: evaluation).
     current_obs, _ = envs.reset(seed=env_seeds(N, args.seed, 0, run.step))
     while run.goes_on(args.batch_size):  # until the budget is spent; saves when that is due
         # [A] collect; what the networks compute stays on a GPU: only the actions are fetched, step by step
@@ -400,7 +400,7 @@ def train(args: Args) -> dict:
                 v_loss, int_v_loss = value_loss(new_values, b_returns[rows])
                 loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy(new_logits)  # (9)
                 if args.int_coef:
-                    # [Trick 6] From all rows the models would learn what is new before the policy can go
+                    # [Trick 6] Trained on all rows, the models would know a place before the policy can go
                     # there again (RND's paper): they get a random share. Ablate: --predictor-share 1
                     some = rows[: int(args.predictor_share * minibatch_size)]
                     phi = agent.features(b_newest[some])
@@ -489,7 +489,7 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
     rewards, values: (T, N) float. next_values: (T, N), the value of the observation each step led to, before
     any reset. terminated, truncated: (T, N) bool. Returns the advantages (T, N), in units of reward.
     """
-    # A time limit is no failure: only `terminated` means "worth nothing from here".
+    # After a time limit more could follow: the next value counts. After `terminated` nothing follows.
     deltas = rewards + gamma * np.where(terminated, 0.0, next_values) - values  # (2)
     # Either ending cuts the sum: the row below belongs to another episode.
     decay = np.where(terminated | truncated, 0.0, gamma * gae_lambda)

@@ -21,11 +21,11 @@ Equations
     (8)  H   = −Σ_a π(a|s) ln π(a|s)                         entropy: how open the choice is; ln: in nats
     (9)  L   = L_π + c_V L_V − c_H mean H
 
-Where (6) comes from. A policy gradient ascends L^PG = mean A ln π(a|s). Since ∇ρ = ρ ∇ln π, and ρ = 1 before
-the first step, mean ρ A has the same gradient at that point: it is L^PG as a ratio. Further away it still
-estimates, from data of π_old, how good π is, but ever worse. TRPO, PPO's parent, maximises mean ρ A under a
-constraint: KL(π_old ‖ π) = mean −ln ρ, which measures how far the policies are apart, stays below a limit.
-That takes second derivatives; PPO clips ρ instead. (With one epoch and one minibatch ρ is 1: that is A2C.)
+Where (6) comes from. A policy gradient climbs L^PG = mean A ln π(a|s). The ratio ρ has ∇ρ = ρ ∇ln π and is 1
+before the first step: there mean ρ A has the same gradient. After more steps it still estimates, from data of
+π_old, how good π is, but less and less well. TRPO, PPO's parent, maximises mean ρ A under a constraint: a
+distance of the policies, the Kullback-Leibler divergence KL(π_old ‖ π) = mean −ln ρ, is below a limit. That
+takes second derivatives; PPO clips ρ instead. (With one epoch and one minibatch ρ is 1: that is A2C.)
 
 When does (6) have a gradient? Outside 1−ε … 1+ε the clipped term is constant. Where `min` takes it, the
 gradient is 0: moving ρ further gains nothing. The six cases (drawn in tests/benchmark/figures/ppo_clip.png):
@@ -38,8 +38,8 @@ Symbols
     π, z      policy, its logits                   K, ε, B   update_epochs, clip_coef, size of a minibatch
     V         value: expected discounted return    D, |A|    size of an observation, number of actions
     δ, A, R   TD error, advantage, target of V     γ, λ      gamma, gae_lambda; c_V, c_H: vf_coef, ent_coef
-Departures from the paper: the numbered tricks (each can be switched off), and after a time limit, which is no
-failure, (2) looks at the last observation before the reset.
+Departures from the paper: the numbered tricks (each can be switched off), and after a time limit, where more
+could follow, (2) looks at the last observation before the reset.
 References: PPO https://arxiv.org/abs/1707.06347, TRPO https://arxiv.org/abs/1502.05477, time limits
 https://arxiv.org/abs/1712.00378, A2C https://arxiv.org/abs/2205.09123, study https://arxiv.org/abs/2006.05990
 
@@ -124,7 +124,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
 
     SAME_STEP: the step that ends an episode also resets; info["final_obs"] is the observation before that.
     """
-    # Not for a film: its last picture is drawn after the last step, and must not be that of the next episode.
+    # For a video NEXT_STEP: the picture drawn after an episode's last step must not show the next episode.
     mode = AutoresetMode.SAME_STEP if render_mode is None else AutoresetMode.NEXT_STEP
     options = {"autoreset_mode": mode}
     envs = gym.make_vec(args.env_id, num_envs, "sync", vector_kwargs=options, render_mode=render_mode)
@@ -158,7 +158,7 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
     rewards, values: (T, N) float. next_values: (T, N), the value of the observation each step led to, before
     any reset. terminated, truncated: (T, N) bool. Returns the advantages (T, N), in units of reward.
     """
-    # A time limit is no failure: only `terminated` means "worth nothing from here".
+    # After a time limit more could follow: the next value counts. After `terminated` nothing follows.
     deltas = rewards + gamma * np.where(terminated, 0.0, next_values) - values  # (2)
     # Either ending cuts the sum: the row below belongs to another episode.
     decay = np.where(terminated | truncated, 0.0, gamma * gae_lambda)
@@ -233,7 +233,7 @@ def train(args: Args) -> dict:
     rewards = np.zeros((T, N), dtype=np.float32)
     terminated = np.zeros((T, N), dtype=bool)
     truncated = np.zeros((T, N), dtype=bool)
-    # Environments cannot be saved: a resumed run starts new episodes from new seeds. 0: those of training.
+    # Environments cannot be saved: a resumed run starts new episodes (new seeds; 0: training, 1: evaluation).
     current_obs, _ = envs.reset(seed=env_seeds(N, args.seed, 0, run.step))
     while run.goes_on(args.batch_size):  # until the budget is spent; saves when that is due
         # [A] collect
@@ -304,7 +304,7 @@ def train(args: Args) -> dict:
                 grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm or torch.inf)
                 optimizer.step()
             # [Trick 6] Once the policy is far from the one that collected the data, more epochs mislead it.
-            # The last minibatch estimates KL(π_old ‖ π): mean(ρ − 1 − ln ρ), which is never below 0,
+            # The last minibatch estimates KL(π_old ‖ π): mean(ρ−1−ln ρ); ρ−1 has mean 0, no term is below 0,
             # http://joschu.net/blog/kl-approx.html. Off by default; try: --target-kl 0.005
             log_ratio = (new_log_probs - old_log_probs).detach()
             approx_kl = (log_ratio.exp() - 1 - log_ratio).mean().item()

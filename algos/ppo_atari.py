@@ -36,10 +36,10 @@ Symbols
     π, z      policy, its logits                   K, ε, B   update_epochs, clip_coef, this rank's minibatch
     V         value: expected discounted return    P, |A|    ranks, number of actions
     δ, A, R   TD error, advantage, target of V     γ, λ      gamma, gae_lambda; c_V, c_H: vf_coef, ent_coef
-Departures from the paper: the numbered tricks (each can be switched off), and after a time limit, which is no
-failure, (2) looks at the last frames before the reset. For Atari the paper has K = 3, c_V = 1 and an ε that
-falls to 0 along with the learning rate; here K = 4, c_V = ½, and ε stays. Evaluation is greedy but for one
-random move in a hundred, as in dqn_atari.py.
+Departures from the paper: the numbered tricks (each can be switched off), and after a time limit, where more
+could follow, (2) looks at the last frames before the reset. For Atari the paper has K = 3, c_V = 1 and an ε
+that falls to 0 along with the learning rate; here K = 4, c_V = ½, and ε stays. Evaluation is greedy but for
+one random move in a hundred, as in dqn_atari.py.
 References: PPO https://arxiv.org/abs/1707.06347, how to play and report Atari games
 https://arxiv.org/abs/1709.06009, averaging gradients over processes https://arxiv.org/abs/1706.02677
 
@@ -145,7 +145,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     dqn_atari.py, which says why.
     SAME_STEP: the step that ends an episode also resets; info["final_obs"] is the observation before that.
     """
-    # Not for a film: its last picture is drawn after the last step, and must not be that of the next episode.
+    # For a video NEXT_STEP: the picture drawn after an episode's last step must not show the next episode.
     mode = AutoresetMode.SAME_STEP if render_mode is None else AutoresetMode.NEXT_STEP
     # Lives are watched in info["lives"]: the emulator's own signal would look like the end of the game.
     options = {"autoreset_mode": mode, "reward_clipping": False, "num_envs": num_envs}
@@ -252,7 +252,7 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
     rewards, values: (T, N) float. next_values: (T, N), the value of the observation each step led to, before
     any reset. terminated, truncated: (T, N) bool. Returns the advantages (T, N), in units of reward.
     """
-    # A time limit is no failure: only `terminated` means "worth nothing from here".
+    # After a time limit more could follow: the next value counts. After `terminated` nothing follows.
     deltas = rewards + gamma * np.where(terminated, 0.0, next_values) - values  # (2)
     # Either ending cuts the sum: the row below belongs to another episode.
     decay = np.where(terminated | truncated, 0.0, gamma * gae_lambda)
@@ -338,7 +338,7 @@ def train(args: Args) -> dict:
     terminated = np.zeros((T, N), dtype=bool)
     truncated = np.zeros((T, N), dtype=bool)
     final_values = np.zeros((T, N), dtype=np.float32)  # of the frames before a reset, where truncated
-    # Environments cannot be saved: a resumed run starts new episodes from new seeds. 0: those of training.
+    # Environments cannot be saved: a resumed run starts new episodes (new seeds; 0: training, 1: evaluation).
     current_obs, info = envs.reset(seed=env_seeds(args.num_envs, args.seed, 0, run.step)[mine])
     lives = info["lives"]
     while run.goes_on(args.batch_size):  # until the budget is spent; saves when that is due
@@ -358,7 +358,7 @@ def train(args: Args) -> dict:
                 # Ablate: --no-clip-rewards
                 rewards[t] = np.sign(true_rewards) if args.clip_rewards else true_rewards
                 ended = terminated[t] | truncated[t]
-                if truncated[t].any():  # a time limit is no failure: (2) needs V before the reset
+                if truncated[t].any():  # more could follow: (2) needs V before the reset
                     final_values[t] = agent(to_tensors([info["final_obs"]], device)[0])[1].cpu().numpy()
                 if ended.any():  # then current_obs is the first of the next episode already
                     ended_returns.extend(info["episode"]["r"][ended])  # of whole games, not clipped

@@ -21,19 +21,19 @@ Equations
     (7)  L_V = ½ mean (V(s) − R)²
     (8)  H   = Σ_j [ln σ_j + ½ ln 2πe]                       entropy: how open the choice is, in nats
     (9)  L   = L_π + c_V L_V − c_H mean H
-    (10) ξ_j = Σ_i φ_i(s) W_ij,  W_ij ~ Normal(0, σ_ij²)     noise as a function of the state (gSDE), from
-         so σ_j(s)² = Σ_i φ_i(s)² σ_ij²                      feature i to part j of the action
-    (11) mean ← mean + w Δ,   var ← (1−w) var + w var_new + w (1−w) Δ²
-         running statistics: Δ = mean_new − mean, w = share of the new numbers in all numbers so far
+    (10) ξ_j = Σ_i φ_i(s) W_ij,  W_ij ~ Normal(0, σ_ij²)     --use-sde (gSDE): noise made of features φ_i(s),
+         so σ_j(s)² = Σ_i φ_i(s)² σ_ij²                      for part j of a; W is drawn, σ_ij is learned
+    (11) mean ← mean + w Δ,   var ← (1−w) var + w var_new + w (1−w) Δ²,   Δ = mean_new − mean
+         running statistics of all s so far, for (s − mean) / √var. new: of one batch; w: its share in all
     (12) ρ   = π(a|s) / π_old(a|s)                           π_old, the old policy, collected the rollout
 
 Densities. A single real number has probability 0: π(a|s) in (5) is a density, and may exceed 1. The ratio
 (12) works as before, since a change of units multiplies both densities by the same factor.
 
-Which action has the density? Motors have bounds, and the environment gets the action clipped to them. (5)
-gets the action as it was sampled: the policy gradient holds whatever an environment does with an action, and
-clipping is then something that the environment does. With the clipped action it would not hold: the density
-at a bound is not the probability of sampling a number beyond it.
+Which action goes into (5)? Motors have bounds: the environment gets the action clipped to them, (5) gets it
+as it was sampled. So clipping belongs to the environment, and the policy gradient holds in every environment.
+With the clipped action it would be wrong: all samples beyond a bound would count with the density at the
+bound, which is not the probability of sampling a number beyond it.
 
 The deviation. What is learned is ln σ: it may be any number, e^(ln σ) is positive, and equal steps change σ
 by equal factors. By default σ is one number for each part of the action, in all states. With --use-sde it
@@ -52,8 +52,8 @@ Symbols
     φ, |φ|    last hidden layer below μ, its size    γ, λ      gamma, gae_lambda
     V         value: expected discounted return      c_V, c_H  vf_coef, ent_coef
     δ, A, R   TD error, advantage, target of V
-Departures from the paper: the numbered tricks (each can be switched off), and after a time limit, which is no
-failure, (2) looks at the last observation before the reset.
+Departures from the paper: the numbered tricks (each can be switched off), and after a time limit, where more
+could follow, (2) looks at the last observation before the reset.
 References: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438, gSDE
 https://arxiv.org/abs/2005.05719, which details matter https://arxiv.org/abs/2006.05990, time limits
 https://arxiv.org/abs/1712.00378, (11), by Chan et al.
@@ -154,7 +154,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
 
     SAME_STEP: the step that ends an episode also resets; info["final_obs"] is the observation before that.
     """
-    # Not for a film: its last picture is drawn after the last step, and must not be that of the next episode.
+    # For a video NEXT_STEP: the picture drawn after an episode's last step must not show the next episode.
     mode = AutoresetMode.SAME_STEP if render_mode is None else AutoresetMode.NEXT_STEP
     options = {"autoreset_mode": mode, "copy": False}  # the next step overwrites what a step returned
     # The robots of PyBullet are known to Gymnasium once their package is imported.
@@ -241,7 +241,7 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
     rewards, values: (T, N) float. next_values: (T, N), the value of the observation each step led to, before
     any reset. terminated, truncated: (T, N) bool. Returns the advantages (T, N), in units of reward.
     """
-    # A time limit is no failure: only `terminated` means "worth nothing from here".
+    # After a time limit more could follow: the next value counts. After `terminated` nothing follows.
     deltas = rewards + gamma * np.where(terminated, 0.0, next_values) - values  # (2)
     # Either ending cuts the sum: the row below belongs to another episode.
     decay = np.where(terminated | truncated, 0.0, gamma * gae_lambda)
@@ -321,7 +321,7 @@ def train(args: Args) -> dict:
     truncated = np.zeros((T, N), dtype=bool)
     earned = np.zeros(N)  # by each environment in its episode so far, discounted
     hold = args.sde_sample_freq if args.use_sde and args.sde_sample_freq > 0 else T
-    # Environments cannot be saved: a resumed run starts new episodes from new seeds. 0: those of training.
+    # Environments cannot be saved: a resumed run starts new episodes (new seeds; 0: training, 1: evaluation).
     current_obs, _ = envs.reset(seed=env_seeds(N, args.seed, 0, run.step))
     while run.goes_on(args.batch_size):  # until the budget is spent; saves when that is due
         # [A] collect
@@ -408,7 +408,7 @@ def train(args: Args) -> dict:
                 grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or torch.inf)
                 optimizer.step()
             # [Trick 9] Once the policy is far from the one that collected the data, more epochs mislead it.
-            # The last minibatch estimates KL(π_old ‖ π): mean(ρ − 1 − ln ρ), which is never below 0,
+            # The last minibatch estimates KL(π_old ‖ π): mean(ρ−1−ln ρ); ρ−1 has mean 0, no term is below 0,
             # http://joschu.net/blog/kl-approx.html. Off by default; try: --target-kl 0.02
             log_ratio = (new_log_probs - old_log_probs).detach()
             approx_kl = (log_ratio.exp() - 1 - log_ratio).mean().item()

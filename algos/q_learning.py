@@ -61,8 +61,8 @@ Symbols
     π, V, Q       policy, values; Q is the table, too    ε, κ       share of random actions, decay_rate
     G, y, δ       discounted return, target, TD error    k, m       episodes, visits of (s,a) so far
     E             mean over all that chance decides      |S|, |A|   number of states, of actions
-Departures from the paper: by default α is constant, where the proof wants it to fall ([Trick 1]); equally
-good actions are drawn ([Trick 2]); after a time limit, which is no failure, (4) uses the next state as ever.
+Departures from the paper: by default α is constant, where the proof wants it to fall ([Trick 1]); of equally
+good actions a random one is taken ([Trick 2]); after a time limit, where more could follow, (4) is unchanged.
 References: Q-learning https://doi.org/10.1007/BF00992698, Sutton and Barto's book, chapters 3 to 6,
 http://incompleteideas.net/book/the-book-2nd.html, learning rates https://jmlr.org/papers/v5/evendar03a.html
 
@@ -146,7 +146,7 @@ def greedy_action(row, rng=None):
     best = max(row)
     # [Trick 2] Before anything is learned all values of a state are 0. An agent that always takes the first
     # of equal actions walks into the same wall again and again in training, and for ever in an evaluation.
-    # Drawing one is from Sutton and Barto, section 2.4. Ablate: --no-random-ties
+    # Drawing one is from Sutton and Barto, section 2.4. Ablate: --no-random-ties (switch it off, to compare)
     if rng is None or row.count(best) == 1:
         return row.index(best)
     return rng.choice([action for action, value in enumerate(row) if value == best])
@@ -154,7 +154,7 @@ def greedy_action(row, rng=None):
 
 def td_target(reward, next_row, terminated, gamma):
     """What Q(s,a) should have said, equation (4). next_row: |A| values of the next state."""
-    # A time limit is no failure: only `terminated` means "worth nothing from here".
+    # After a time limit more could follow: the next value counts. After `terminated` nothing follows.
     if terminated:
         return reward
     return reward + gamma * max(next_row)  # (4)

@@ -1,4 +1,4 @@
-"""REINFORCE: play whole episodes, then make those actions likelier that more reward than usual followed.
+"""REINFORCE: play whole episodes, then make those actions likelier after which more reward came than usual.
 
 The policy is a neural network that gives each action a probability. Its weights climb along the gradient of
 the expected return. This oldest of the policy-gradient methods needs complete episodes and ∇ln π, no more.
@@ -36,11 +36,11 @@ Why −∇L points uphill: an episode is a trajectory τ = (s_0, a_0, r_0, s_1, 
     p(τ) = p(s_0) Π_t π(a_t|s_t) p(r_t, s_{t+1}|s_t, a_t).
 The goal is the largest J = E[G_0] = Σ_τ p(τ) G_0(τ). In p(τ) only π has weights, and ∇p = p ∇ln p, so
     ∇J = Σ_τ p(τ) G_0 ∇ln p(τ) = E[ G_0 Σ_t ∇ln π(a_t|s_t) ]:
-a mean, which the episodes that are played estimate. Minus this mean is ∇L, but for its scale, if A is all of
-G_0. Any number c that is settled before a_t is drawn can be added to G_0 in term t: the mean stays, since
+a mean, which the episodes that are played estimate. With A = G_0, c_H = 0, ∇L is their estimate times −N/M.
+Any number c that is known before a_t is drawn can be added to G_0 in term t: the mean stays, since
     E[ c ∇ln π(a|s) ] = c Σ_a π(a|s) ∇π(a|s) / π(a|s) = c ∇ Σ_a π(a|s) = c ∇1 = 0.
-Minus the rewards before t is such a number, so γ^t G_t can replace G_0; minus a baseline made of s_t or of
-other episodes is one, too. They only take chance out of ∇L. On CartPole, at an episodic return of 80–160, (7)
+With c = −(discounted rewards before t), G_0 becomes γ^t G_t. c = −b_t is allowed, too, if b_t is made of s_t
+or of other episodes. Both only take chance out of ∇L. On CartPole, at an episodic return of 80–160, (7)
 is 17 with --no-reward-to-go --baseline none, 4.9 with --baseline none, 1.9 with value, 1.5 with batch
 (medians of 3 seeds, --no-normalize-returns; the curves: tests/benchmark/figures/reinforce_baselines.png).
 
@@ -50,7 +50,7 @@ Symbols
     G, b, A   discounted return, baseline, advantage  D, |A|    size of an observation, number of actions
     L, ∇, P   loss, gradient, number of weights       γ, c_H    gamma, entropy_coef; B: a minibatch of (9)
 Departures from the paper: a mean over the steps of several episodes; no factor γ^t in (5), so late steps
-count like early ones; Adam; after a time limit, which is no failure, (2) goes on with V of the last
+count like early ones; Adam; after a time limit, where more could follow, (2) goes on with V of the last
 observation if there is a V; every numbered trick except 2.
 References: REINFORCE and baselines https://doi.org/10.1007/BF00992696, why they lower the variance
 https://jmlr.org/papers/v5/greensmith04a.html, the other episodes as a baseline
@@ -125,7 +125,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
 
     SAME_STEP: the step that ends an episode also resets; info["final_obs"] is the observation before that.
     """
-    # Not for a film: its last picture is drawn after the last step, and must not be that of the next episode.
+    # For a video NEXT_STEP: the picture drawn after an episode's last step must not show the next episode.
     mode = AutoresetMode.SAME_STEP if render_mode is None else AutoresetMode.NEXT_STEP
     options = {"autoreset_mode": mode}
     if args.env_id.startswith("envs."):
@@ -278,7 +278,7 @@ def train(args: Args) -> dict:
             with torch.no_grad():
                 b_old_values = agent.critic(b_obs).squeeze(-1)  # (M, 1) -> (M,)
                 last_values = agent.critic(agent.scale(last_obs)).squeeze(-1).cpu().numpy()  # (N,)
-            # A time limit is no failure: only `terminated` means "worth nothing from here".
+            # After a time limit more could follow: the next value counts. After `terminated` nothing follows.
             last_values = np.where(out_of_time, last_values, 0.0)
         if args.clip_rewards:
             # [Trick 7] A large reward for winning the match must not drown what a point teaches (as in DQN,

@@ -10,10 +10,10 @@ it for the gold on top. A policy that acts at random never gets there.
 Curiosity is a reward from within: what cannot be predicted yet is worth a visit. Its plain form, next-state
 prediction, pays for the error of a model that learns which observation follows from observation and action:
     i_t = ‖ŝ_{t+1} − s_{t+1}‖²,  ŝ_{t+1} = model(s_t, a_t)
-But nothing predicts the next picture of a noisy television: the agent stays in front of it for ever. In RND a
-network, the predictor, learns to give the same output as a fixed random network, the target, for the same
-observation, (11). The target has no noise: so the error is large only where observations are unlike those
-seen before, and fades as they become familiar. (A television with new pictures for ever stays new.)
+But a noisy television, pictures of pure chance, is never predicted: the agent stays there for ever. In RND
+one network, the predictor, learns to give the same output as a fixed random network, the target. Both see
+the same observation, (11), so chance has no part in it: the error is large only where observations are unlike
+those seen before, and fades as they become familiar. (But pictures that never repeat stay new to RND, too.)
 
 Pseudo-code
     watch a random policy, to know the scale of the observations
@@ -35,8 +35,8 @@ Equations; (1) to (9) are those of ppo.py, with (2), (3), (4) and (7) once for t
     (9)  L   = L_π + c_V (L_V^E + L_V^I) − c_H mean H + mean e
     (10) x   = clip((s − mean) / deviation, −5, 5)           running statistics of each element of s
     (11) e_t = mean_j (f̂_j(x_{t+1}) − f_j(x_{t+1}))²         novelty: f is fixed, f̂ imitates it
-    (12) u_t = γ_I u_{t−1} + e_t                             past novelty of each environment, discounted
-    (13) i_t = e_t / deviation(u)                            intrinsic reward; its returns have one scale
+    (12) u_t = γ_I u_{t−1} + e_t                             past e, discounted: about as large as a return
+    (13) i_t = e_t / deviation(u)                            intrinsic reward; its returns get deviation ≈ 1
     (14) A   = c_E A^E + c_I A^I
     (15) m_t = β m_{t−1} + (1−β) s_t                         memory, a fading average; m_0 = s_0
 
@@ -167,7 +167,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
 
     SAME_STEP: the step that ends an episode also resets; info["final_obs"] is the observation before that.
     """
-    # Not for a film: its last picture is drawn after the last step, and must not be that of the next episode.
+    # For a video NEXT_STEP: the picture drawn after an episode's last step must not show the next episode.
     mode = AutoresetMode.SAME_STEP if render_mode is None else AutoresetMode.NEXT_STEP
     options = {"autoreset_mode": mode}
     if args.env_id.startswith("ALE/"):
@@ -324,7 +324,7 @@ def train(args: Args) -> dict:
         for _ in range(args.init_steps):
             current_obs, *_ = envs.step(torch.randint(num_actions, (N,)).numpy())
             agent.norm_obs.update(torch.from_numpy(current_obs[:, -1:]).to(device))
-    # Environments cannot be saved: a resumed run starts new episodes from new seeds. 0: those of training.
+    # Environments cannot be saved: a resumed run starts new episodes (new seeds; 0: training, 1: evaluation).
     current_obs, _ = envs.reset(seed=env_seeds(N, args.seed, 0, run.step))
     while run.goes_on(args.batch_size):  # until the budget is spent; saves when that is due
         # [A] collect; what the networks compute stays on a GPU: only the actions are fetched, step by step
@@ -410,7 +410,7 @@ def train(args: Args) -> dict:
                 v_loss, int_v_loss = value_loss(new_values, b_returns[rows])
                 loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy(new_logits)  # (9)
                 if args.int_coef:
-                    # [Trick 6] From all rows the predictor would learn what is new before the policy can go
+                    # [Trick 6] Trained on all rows, the predictor would know a place before the policy can go
                     # there again (the paper): it gets a random share. Ablate: --predictor-share 1
                     distilled = rows[: int(args.predictor_share * minibatch_size)]
                     distill_loss = agent.novelty(b_next_obs[distilled]).mean()
@@ -489,7 +489,7 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
     rewards, values: (T, N) float. next_values: (T, N), the value of the observation each step led to, before
     any reset. terminated, truncated: (T, N) bool. Returns the advantages (T, N), in units of reward.
     """
-    # A time limit is no failure: only `terminated` means "worth nothing from here".
+    # After a time limit more could follow: the next value counts. After `terminated` nothing follows.
     deltas = rewards + gamma * np.where(terminated, 0.0, next_values) - values  # (2)
     # Either ending cuts the sum: the row below belongs to another episode.
     decay = np.where(terminated | truncated, 0.0, gamma * gae_lambda)

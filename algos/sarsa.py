@@ -21,8 +21,8 @@ Equations
     (5)  Σ_a π(a|s) Q(s,a) = (1−ε) max_a Q(s,a) + ε mean_a Q(s,a)            replaces Q in (4): --expected
     (6)  α_m = α / (1 + m/c)                                                 or simply α, for every m
     (7)  Q(s_t,a_t) ← Q(s_t,a_t) + α_m (G − Q(s_t,a_t))
-An episode may end before n rewards are in; then (4) ends there. A termination leaves nothing to guess. A time
-limit is no failure: after the last of j rewards comes γ^j Q, for the state reached and an action drawn there.
+An episode may end after j < n rewards; then (4) ends there. After a termination nothing follows. After a time
+limit more could follow: then (4) ends with γ^j Q, for the state reached and an action drawn there.
 
 How many rewards? The value Q^π(s,a) is the mean of (1) over all that chance and π may do. Two extremes:
     --n-step 1   temporal difference, TD(0)   the luck of one step only; wrong as long as the guess is wrong
@@ -46,8 +46,8 @@ While they learn, with ε = 0.1, Q-learning earns −50 an episode and Sarsa −
     Sarsa                                         G = r + γ Q(s',a')               a' drawn by π
     Expected Sarsa   --expected                   G = r + γ Σ_a π(a|s') Q(s',a)    without the luck of a'
     Q-learning       --expected --greedy-target   G = r + γ max_a Q(s',a)          (5) with ε = 0
-With n > 1, --greedy-target is refused: rewards of one policy teach about another one only with corrections
-(the book, chapter 7).
+With n > 1, --greedy-target is refused: the n rewards come from a policy that explores, and say what the
+greedy one is worth only after corrections (the book, chapter 7).
 
 Symbols
     s, a, r   state, action, reward                 γ, α, c   gamma, learning_rate, lr_visits
@@ -146,7 +146,7 @@ def greedy_action(row, rng=None):
     best = max(row)
     # [Trick 2] Before anything is learned all values of a state are 0. An agent that always takes the first
     # of equal actions walks into the same wall again and again in training, and for ever in an evaluation.
-    # Drawing one is from Sutton and Barto, section 2.4. Ablate: --no-random-ties
+    # Drawing one is from Sutton and Barto, section 2.4. Ablate: --no-random-ties (switch it off, to compare)
     if rng is None or row.count(best) == 1:
         return row.index(best)
     return rng.choice([action for action, value in enumerate(row) if value == best])
@@ -225,12 +225,12 @@ def train(args: Args) -> dict:
             length += 1
             ended = terminated or truncated or length == args.max_steps
 
-            # [C] learn; with n_step 0, which no number of rewards equals, only at the end
+            # [C] learn; with n_step 0 the second condition is never true: only at the end
             if ended or len(rewards) == args.n_step:
                 last_value = next_row[next_action]
                 if args.expected:
                     last_value = expected_value(next_row, target_epsilon)
-                if terminated:  # only this means "worth nothing from here", a time limit does not
+                if terminated:  # then nothing follows; after a time limit more could
                     last_value = 0.0
                 for target in n_step_returns(rewards, last_value, args.gamma):
                     s, a = pairs.popleft()

@@ -26,7 +26,7 @@ Words on the page
     surprise                the TD error δ_t = r_t + γ V(s_{t+1}) − V(s_t): better or worse than expected
     entropy                 how open the choice is, in nats; −Σ π ln π, for deviations Σ ln σ √(2πe)
 
-After a termination nothing follows. A time limit is no failure: there V of the last state stands for what
+After a termination nothing follows. After a time limit more could: there V of the last state stands for what
 would have come. Rewards count as the script learned from them: only their sign with --clip-rewards, nothing
 beyond a lost life with --episodic-life, and nothing beyond a point with --restart-credit.
 """
