@@ -158,7 +158,7 @@ class Noise(nn.Module):
 
     Independent noise makes a robot tremble, and most of it averages out. Here the noise is a linear function
     of the features φ(s), and its random matrix W is held for some steps: similar states get similar noise, so
-    the robot tries out whole movements. Ablate: --no-use-sde
+    the robot tries out whole movements. Ablate: --no-use-sde (where it is on)
 
     With gSDE, σ depends on the state: the policy can be sure of itself in one state and explore in another.
     Without, σ is one number for each part of an action: less to learn, and as much exploration everywhere.
@@ -678,6 +678,7 @@ class Run:
         self.stopped = []
         seconds = 0.0
         if args.resume:
+            flags = [dict(group) for group in parts["optimizer"].param_groups]
             saved = load_checkpoint(Path(args.resume), **parts)
             self.step = saved["global_step"]
             self.episodes = saved["episodes"]
@@ -685,8 +686,8 @@ class Run:
             self.recent_returns.extend(saved["recent_returns"])
             seconds = saved["wall_time_s"]
             torch.set_rng_state(saved["rng_state"])
-            for group in parts["optimizer"].param_groups:  # the saved ones have the old --learning-rate
-                group["lr"] = args.learning_rate
+            for group, given in zip(parts["optimizer"].param_groups, flags, strict=True):
+                group.update(given)  # the flags given now, like --learning-rate, count, not the saved ones
         # So that the loop ends where everything can be saved; clusters send SIGTERM.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: self.stopped.append(number))

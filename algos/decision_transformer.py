@@ -18,7 +18,7 @@ Equations
     (3)  x   = LayerNorm(W u + b + e_t)                      u: R_t / deviation of R, s_t or a_t
     (4)  y_i = Σ_j≤i softmax_j(q_i·k_j / √d) v_j             attention; q, k, v: linear in LayerNorm(x)
     (5)  x   ← x + W y + b;  x ← x + MLP(LayerNorm(x))       a layer of the transformer, two residual steps
-    (6)  z_t = W x + b at the token of s_t                   it has seen R_t and s_t, and not a_t
+    (6)  z_t = W LayerNorm(x) + b at the token of s_t        it has seen R_t and s_t, and not a_t
     (7)  L   = −mean ln softmax(z_t)[a_t]                    discrete actions: cross-entropy
          L   = mean (tanh z_t − a_t)²                        continuous ones, bounds scaled to ±1
     (8)  R_{t+1} = R_t − r_t                                 in play: what is left of the wish
@@ -425,7 +425,7 @@ def train(args: Args) -> dict:
             returns, lengths = play(agent, envs, asked, seeds, run)
             if run.stopped:
                 continue  # half an episode has no return
-            run.episodes_ended(returns, lengths)
+            run.episodes_ended(returns[: args.num_envs], lengths[: args.num_envs])  # of the first wish
             for wish, got in zip(wishes, returns.reshape(len(wishes), -1), strict=True):
                 name = "best" if np.isnan(wish) else f"{wish:g}"
                 charts[f"return_asked_{name}" if args.condition else "return_cloned"] = got.mean()
@@ -742,6 +742,7 @@ class Run:
         self.stopped = []
         seconds = 0.0
         if args.resume:
+            flags = [dict(group) for group in parts["optimizer"].param_groups]
             saved = load_checkpoint(Path(args.resume), **parts)
             self.step = saved["global_step"]
             self.episodes = saved["episodes"]
@@ -749,8 +750,8 @@ class Run:
             self.recent_returns.extend(saved["recent_returns"])
             seconds = saved["wall_time_s"]
             torch.set_rng_state(saved["rng_state"])
-            for group in parts["optimizer"].param_groups:  # the saved ones have the old --learning-rate
-                group["lr"] = args.learning_rate
+            for group, given in zip(parts["optimizer"].param_groups, flags, strict=True):
+                group.update(given)  # the flags given now, like --learning-rate, count, not the saved ones
         # So that the loop ends where everything can be saved; clusters send SIGTERM.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: self.stopped.append(number))

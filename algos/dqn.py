@@ -47,9 +47,9 @@ Symbols
     θ⁻, τ    weights of Q⁻, tau                    t, t_0    step, learning_starts
     y, L     target of Q, loss                     ε, ε_end  exploration, end_e
     γ, α     gamma, learning_rate
-Departures from the paper: vectors for images, Adam for RMSprop, the square (5) for Huber's loss, tricks 3 to
-6, N environments at once (F counts the steps of all), learning in phases, smaller networks and budgets, more
-exploration at the end, and after a time limit, where more could follow, (4) is unchanged.
+Departures from the paper: vectors for images, Adam for RMSprop, the square (5) for Huber's loss, a copy that
+follows slowly, tricks 3 to 6, N environments at once (F counts the steps of all), learning in phases, smaller
+networks and budgets, more exploration at the end, and after a time limit (4) goes on: more could follow.
 References: DQN https://www.nature.com/articles/nature14236, double DQN https://arxiv.org/abs/1509.06461,
 replay memory https://doi.org/10.1007/BF00992699; for (7) see RunningNorm, below `train`.
 
@@ -550,6 +550,7 @@ class Run:
         self.stopped = []
         seconds = 0.0
         if args.resume:
+            flags = [dict(group) for group in parts["optimizer"].param_groups]
             saved = load_checkpoint(Path(args.resume), **parts)
             self.step = saved["global_step"]
             self.episodes = saved["episodes"]
@@ -557,8 +558,8 @@ class Run:
             self.recent_returns.extend(saved["recent_returns"])
             seconds = saved["wall_time_s"]
             torch.set_rng_state(saved["rng_state"])
-            for group in parts["optimizer"].param_groups:  # the saved ones have the old --learning-rate
-                group["lr"] = args.learning_rate
+            for group, given in zip(parts["optimizer"].param_groups, flags, strict=True):
+                group.update(given)  # the flags given now, like --learning-rate, count, not the saved ones
         # So that the loop ends where everything can be saved; clusters send SIGTERM.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: self.stopped.append(number))

@@ -15,9 +15,9 @@ What should the model predict? Features φ: numbers computed from an observation
              φ(s_{t+1}) which action was taken, and its loss trains φ. So φ comes to hold what actions
              change, and the rest has no reason to enter. This is ICM, the intrinsic curiosity module.
 Each has its weakness. What chance decides is never predicted, however often it is seen: with raw or random
-features a noisy television pays for ever. Inverse features leave out noise that comes by itself, but if the
-agent has a remote control, the noise is an effect of its actions. And inverse features may miss what matters
-but depends on no action. (tests/benchmark/noisy_tv.py puts all of them to the test.)
+features a noisy television pays for ever. Inverse features have no reason to keep noise that comes by itself,
+though at first they hold some of it; but if the agent has a remote control, the noise is an effect of its
+actions. They may also miss what matters but depends on no action. (tests/benchmark/noisy_tv.py tries all.)
 
 Pseudo-code
     watch a random policy, to know the scale of the observations
@@ -169,7 +169,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     mode = AutoresetMode.SAME_STEP if render_mode is None else AutoresetMode.NEXT_STEP
     options = {"autoreset_mode": mode}
     if args.env_id.startswith("ALE/"):
-        # Sticky actions, true rewards and at most 18,000 frames, as in the paper.
+        # Sticky actions, true rewards and at most 18,000 frames, as in RND's paper.
         options |= {"reward_clipping": False, "max_num_frames_per_episode": 18_000}
         envs = gym.make_vec(args.env_id, num_envs, "vector_entry_point", **options)
         if render_mode is None:
@@ -800,6 +800,7 @@ class Run:
         self.stopped = []
         seconds = 0.0
         if args.resume:
+            flags = [dict(group) for group in parts["optimizer"].param_groups]
             saved = load_checkpoint(Path(args.resume), **parts)
             self.step = saved["global_step"]
             self.episodes = saved["episodes"]
@@ -807,8 +808,8 @@ class Run:
             self.recent_returns.extend(saved["recent_returns"])
             seconds = saved["wall_time_s"]
             torch.set_rng_state(saved["rng_state"])
-            for group in parts["optimizer"].param_groups:  # the saved ones have the old --learning-rate
-                group["lr"] = args.learning_rate
+            for group, given in zip(parts["optimizer"].param_groups, flags, strict=True):
+                group.update(given)  # the flags given now, like --learning-rate, count, not the saved ones
         # So that the loop ends where everything can be saved; clusters send SIGTERM.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: self.stopped.append(number))

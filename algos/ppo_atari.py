@@ -37,9 +37,9 @@ Symbols
     V         value: expected discounted return    P, |A|    ranks, number of actions
     δ, A, R   TD error, advantage, target of V     γ, λ      gamma, gae_lambda; c_V, c_H: vf_coef, ent_coef
 Departures from the paper: the numbered tricks (each can be switched off), and after a time limit, where more
-could follow, (2) looks at the last frames before the reset. For Atari the paper has K = 3, c_V = 1 and an ε
-that falls to 0 along with the learning rate; here K = 4, c_V = ½, and ε stays. Evaluation is greedy but for
-one random move in a hundred, as in dqn_atari.py.
+could follow, (2) looks at the last frames before the reset. For Atari the paper has K = 3, c_V = 2 as (7) and
+(9) count it, an ε that falls to 0 along with the learning rate, and A3C's small network; here K = 4, c_V = ½,
+ε stays, the network is DQN's. Evaluation is greedy but for one random move in a hundred, as in dqn_atari.py.
 References: PPO https://arxiv.org/abs/1707.06347, how to play and report Atari games
 https://arxiv.org/abs/1709.06009, averaging gradients over processes https://arxiv.org/abs/1706.02677
 
@@ -803,6 +803,7 @@ class Run:
         self.stopped = []
         seconds = 0.0
         if args.resume:
+            flags = [dict(group) for group in parts["optimizer"].param_groups]
             saved = load_checkpoint(Path(args.resume), **parts)
             self.step = saved["global_step"]
             self.episodes = saved["episodes"]
@@ -810,8 +811,8 @@ class Run:
             self.recent_returns.extend(saved["recent_returns"])
             seconds = saved["wall_time_s"]
             torch.set_rng_state(saved["rng_state"])
-            for group in parts["optimizer"].param_groups:  # the saved ones have the old --learning-rate
-                group["lr"] = args.learning_rate
+            for group, given in zip(parts["optimizer"].param_groups, flags, strict=True):
+                group.update(given)  # the flags given now, like --learning-rate, count, not the saved ones
         # So that the loop ends where everything can be saved; clusters send SIGTERM.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: self.stopped.append(number))

@@ -67,9 +67,9 @@ Run: python algos/ppo_continuous.py
      python algos/ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 50000 --num-envs 4 \\
          --num-steps 1024 --num-minibatches 64 --learning-rate 1e-3 --gamma 0.9 --use-sde --log-std-init 0 \\
          --no-anneal-lr --no-norm-obs --no-norm-reward --vf-coef 1 --no-recompute-advantages
-Expect: episodic returns after 1M steps (seeds 1, 2, 3): MuJoCo's cheetah 5,620, 7,114, 4,427, the one-legged
-hopper 3,336, 3,426, 3,227, the walker 2,333, 2,904, 4,493; each in 5 to 15 minutes on one core. The
-pendulum has −177, −192, −216 after 50,000 steps, in about half a minute.
+Expect: episodic returns after 1M steps (seeds 1, 2, 3; --eval-episodes 20): MuJoCo's cheetah 5,620, 7,114,
+4,427, the one-legged hopper 3,336, 3,426, 3,227, the walker 2,333, 2,904, 4,493; each in 5 to 15 minutes on
+one core. The pendulum has −177, −192, −216 after 50,000 steps, in about half a minute.
 """
 
 import difflib
@@ -171,7 +171,7 @@ class Noise(nn.Module):
 
     Independent noise makes a robot tremble, and most of it averages out. Here the noise is a linear function
     of the features φ(s), and its random matrix W is held for some steps: similar states get similar noise, so
-    the robot tries out whole movements. Ablate: --no-use-sde
+    the robot tries out whole movements. Ablate: --no-use-sde (where it is on)
 
     With gSDE, σ depends on the state: the policy can be sure of itself in one state and explore in another.
     Without, σ is one number for each part of an action: less to learn, and as much exploration everywhere.
@@ -380,6 +380,9 @@ def train(args: Args) -> dict:
                 )
                 b_advantages = torch.from_numpy(advantages).to(device).flatten()  # (T, N) -> (T*N,)
                 b_returns = b_advantages + b_values  # (4)
+            if epoch == 0:
+                b_old_values = b_values
+                explained_variance = 1 - b_advantages.var() / b_returns.var()  # 1: V foretells all of R
 
             # [C] improve
             order = torch.randperm(args.batch_size).to(device)
@@ -397,7 +400,7 @@ def train(args: Args) -> dict:
                 new_values = agent.critic(mb_obs).squeeze(-1)  # (B,), as (B, 1) − (B,) would be (B, B)
                 pg_loss = policy_loss(new_log_probs, old_log_probs, mb_advantages, args.clip_coef)
                 value_clip = args.clip_coef if args.clip_vloss else None
-                v_loss = value_loss(new_values, b_values[rows], b_returns[rows], value_clip)
+                v_loss = value_loss(new_values, b_old_values[rows], b_returns[rows], value_clip)
                 loss = pg_loss + args.vf_coef * v_loss  # (9)
                 if args.ent_coef:
                     loss = loss - args.ent_coef * gaussian_entropy(stds)  # (9)
@@ -427,7 +430,7 @@ def train(args: Args) -> dict:
             grad_norm=grad_norm,
             approx_kl=approx_kl,
             clip_fraction=((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean(),  # ρ outside (6)
-            explained_variance=1 - b_advantages.var() / b_returns.var(),  # 1: V foretells all of R
+            explained_variance=explained_variance,
         )
         if args.target_return is not None and run.mean_return() >= args.target_return:
             run.stop()
@@ -704,6 +707,7 @@ class Run:
         self.stopped = []
         seconds = 0.0
         if args.resume:
+            flags = [dict(group) for group in parts["optimizer"].param_groups]
             saved = load_checkpoint(Path(args.resume), **parts)
             self.step = saved["global_step"]
             self.episodes = saved["episodes"]
@@ -711,8 +715,8 @@ class Run:
             self.recent_returns.extend(saved["recent_returns"])
             seconds = saved["wall_time_s"]
             torch.set_rng_state(saved["rng_state"])
-            for group in parts["optimizer"].param_groups:  # the saved ones have the old --learning-rate
-                group["lr"] = args.learning_rate
+            for group, given in zip(parts["optimizer"].param_groups, flags, strict=True):
+                group.update(given)  # the flags given now, like --learning-rate, count, not the saved ones
         # So that the loop ends where everything can be saved; clusters send SIGTERM.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: self.stopped.append(number))

@@ -729,7 +729,7 @@ def draw_policy(args: Args, run_dir: Path) -> None:
             text = tile if tile in ("hole", "cliff", "goal") else f"{tile} {arrow}\n{best.max():.2f}".strip()
             style = {"color": "white" if dark else "black", "fontsize": 10 if tiles.shape[1] < 9 else 6}
             left.text(column, row, text, ha="center", va="center", **style)
-        left.set(title="greedy actions and the discounted return they promise", xticks=[], yticks=[])
+        left.set(title="greedy actions and the largest value of each state", xticks=[], yticks=[])
     else:
         image = left.imshow(q_table, aspect="auto", interpolation="nearest")
         left.set(title="the table", xlabel="action", ylabel="state", xticks=range(q_table.shape[1]))

@@ -171,7 +171,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     mode = AutoresetMode.SAME_STEP if render_mode is None else AutoresetMode.NEXT_STEP
     options = {"autoreset_mode": mode}
     if args.env_id.startswith("ALE/"):
-        # Sticky actions, true rewards and at most 18,000 frames, as in the paper.
+        # Sticky actions, true rewards and at most 18,000 frames, as in RND's paper.
         options |= {"reward_clipping": False, "max_num_frames_per_episode": 18_000}
         envs = gym.make_vec(args.env_id, num_envs, "vector_entry_point", **options)
         if render_mode is None:
@@ -750,6 +750,7 @@ class Run:
         self.stopped = []
         seconds = 0.0
         if args.resume:
+            flags = [dict(group) for group in parts["optimizer"].param_groups]
             saved = load_checkpoint(Path(args.resume), **parts)
             self.step = saved["global_step"]
             self.episodes = saved["episodes"]
@@ -757,8 +758,8 @@ class Run:
             self.recent_returns.extend(saved["recent_returns"])
             seconds = saved["wall_time_s"]
             torch.set_rng_state(saved["rng_state"])
-            for group in parts["optimizer"].param_groups:  # the saved ones have the old --learning-rate
-                group["lr"] = args.learning_rate
+            for group, given in zip(parts["optimizer"].param_groups, flags, strict=True):
+                group.update(given)  # the flags given now, like --learning-rate, count, not the saved ones
         # So that the loop ends where everything can be saved; clusters send SIGTERM.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: self.stopped.append(number))

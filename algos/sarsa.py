@@ -54,8 +54,7 @@ Symbols
     s', a'    next state, next action               ε, κ      share of random actions, decay_rate
     π, V, Q   policy, values; Q is the table, too   k, m      episodes, visits of (s,a) so far
     π(a|s)    chance that π takes a in s            G, n      return (of n steps), n_step
-Departures from the paper, here the book: among equally good actions one is drawn ([Trick 2]), and episodes
-may be cut off by a time limit.
+Departures from the paper, here the book: episodes may be cut off by a time limit.
 References: Sutton and Barto's book, chapters 5 to 7, http://incompleteideas.net/book/the-book-2nd.html,
 TD(0) https://doi.org/10.1007/BF00115009, Expected Sarsa https://doi.org/10.1109/ADPRL.2009.4927542
 
@@ -751,7 +750,7 @@ def draw_policy(args: Args, run_dir: Path) -> None:
             text = tile if tile in ("hole", "cliff", "goal") else f"{tile} {arrow}\n{best.max():.2f}".strip()
             style = {"color": "white" if dark else "black", "fontsize": 10 if tiles.shape[1] < 9 else 6}
             left.text(column, row, text, ha="center", va="center", **style)
-        left.set(title="greedy actions and the discounted return they promise", xticks=[], yticks=[])
+        left.set(title="greedy actions and the largest value of each state", xticks=[], yticks=[])
     else:
         image = left.imshow(q_table, aspect="auto", interpolation="nearest")
         left.set(title="the table", xlabel="action", ylabel="state", xticks=range(q_table.shape[1]))

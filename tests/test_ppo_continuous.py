@@ -327,7 +327,7 @@ class Slow:
             value = self.value(row["obs"])
             error = (value - row["R"]) ** 2
             if args.clip_vloss:
-                near = min(max(value, row["v"] - args.clip_coef), row["v"] + args.clip_coef)
+                near = min(max(value, row["old v"] - args.clip_coef), row["old v"] + args.clip_coef)
                 error = max(error, (near - row["R"]) ** 2)
             errors.append(torch.as_tensor(error))
             entropies.append(sum(torch.log(std) + math.log(2 * math.pi * math.e) / 2 for std in stds))  # (8)
@@ -359,6 +359,11 @@ class Slow:
         while epochs < args.update_epochs:
             if epochs == 0 or args.recompute_advantages:
                 self.estimate(steps)
+            if epochs == 0:  # V before it learns from these rows
+                spread = [np.var([step[name] for step in everything]) for name in ("A", "R")]
+                explained = 1 - spread[0] / spread[1]
+                for step in everything:
+                    step["old v"] = step["v"]
             epochs += 1
             order = self.orders.pop(0).tolist()
             size = args.batch_size // args.num_minibatches
@@ -369,8 +374,7 @@ class Slow:
                 break
         if args.norm_obs:
             self.seen += [step["obs"].astype(float) for step in everything]
-        spread = [np.var([step[name] for step in everything]) for name in ("A", "R")]
-        log |= {"grad_norm": norm, "explained_variance": 1 - spread[0] / spread[1]}
+        log |= {"grad_norm": norm, "explained_variance": explained}
         log = {f"losses/{name}": value for name, value in log.items()}
         log |= {"charts/learning_rate": rate}
         if episodes:

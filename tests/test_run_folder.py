@@ -685,12 +685,12 @@ def test_no_two_runs_share_a_folder(name, tmp_path, monkeypatch, capfd):
     module.open_folder(module.Args(resume=str(opened[0][0])))[1].close()
 
 
-def fresh_run(module, **flags):
-    """A Run whose parts have states, but learn nothing."""
+def fresh_run(module, eps=1e-8, **flags):
+    """A Run whose parts have states, but learn nothing. eps: of Adam."""
     if not hasattr(module, "torch"):
         return module.Run(module.Args(**flags), budget=100)
     agent = module.nn.Linear(2, 2)
-    optimizer = module.torch.optim.Adam(agent.parameters())
+    optimizer = module.torch.optim.Adam(agent.parameters(), lr=flags.get("learning_rate", 1e-3), eps=eps)
     return module.Run(module.Args(**flags), budget=100, agent=agent, optimizer=optimizer)
 
 
@@ -762,13 +762,15 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(name, tmp_path, capfd
 
 
 @pytest.mark.parametrize("name", copy_block.WITH_TORCH)
-def test_resume_takes_the_learning_rate_that_is_given_now(name, tmp_path):
+def test_resume_takes_the_settings_of_the_optimizer_that_are_given_now(name, tmp_path):
     module = importlib.import_module(name)
     run = fresh_run(module, run_dir=str(tmp_path / "run"))
     run.save()
     run.lock.close()
-    again = fresh_run(module, resume=str(tmp_path / "run"), learning_rate=0.0123)
-    assert [group["lr"] for group in again.parts["optimizer"].param_groups] == [0.0123]
+    again = fresh_run(module, eps=0.5, resume=str(tmp_path / "run"), learning_rate=0.0123)
+    (group,) = again.parts["optimizer"].param_groups
+    assert (group["lr"], group["eps"]) == (0.0123, 0.5)
+    assert group["params"] == list(again.parts["agent"].parameters())
     again.lock.close()
 
 
