@@ -574,6 +574,10 @@ def check_args(args: Args) -> None:
             # Written so that NaN, which compares with nothing, is out of range too.
             if number is not None and not (isinstance(number, int | float) and low <= number <= high):
                 fail(f"--{name.replace('_', '-')} {number} is not between {low:,} and {high:,}")
+    for name, about in Args.__dataclass_fields__.items():  # words: tyro checks flags, but not args.json
+        words = getattr(about.type, "__args__", ())
+        if any(isinstance(word, str) for word in words) and getattr(args, name) not in words:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is none of {', '.join(words)}")
     check_settings(args)
     if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo films without a screen; read when imported

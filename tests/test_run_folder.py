@@ -873,6 +873,18 @@ def test_an_error_stands_on_a_line_of_its_own_below_no_bar(capfd):
     assert "error: broken" in capfd.readouterr().err.splitlines()
 
 
+@pytest.mark.parametrize("name", ["a2c_continuous", "icm_ppo", "ppo_continuous", "reinforce"])
+def test_words_of_args_json_are_checked(name, capfd):
+    """One flipped bit makes "sync" "qync"; tyro sees the command line only."""
+    module = importlib.import_module(name)
+    (choice,) = {"vectorization", "features", "baseline"} & set(module.Args.__dataclass_fields__)
+    for word in ("qync", None):
+        with pytest.raises(SystemExit) as stopped:
+            module.check_args(module.Args(**{choice: word}))
+        err = capfd.readouterr().err
+        assert stopped.value.code == 2 and len(err.splitlines()) == 1 and f"--{choice} {word}" in err
+
+
 NONSENSE = ["nan", "inf", "-inf", "-1", "0", "1e30", str(10**23), "text", ""]
 
 

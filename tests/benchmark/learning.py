@@ -113,6 +113,19 @@ DQN_ACROBOT = (
     "--env-id Acrobot-v1 --total-timesteps 200000 --gamma 0.99 --initial-value 0 --learning-rate 1e-3 "
     "--end-e 0.05 --exploration-fraction 0.2 --buffer-size 50000"
 )
+# The step size of the RL Zoo, one minibatch for every step.
+DQN_LANDER_100K = (
+    "--env-id LunarLander-v3 --total-timesteps 100000 --gamma 0.99 --initial-value 0 --buffer-size 50000 "
+    "--batch-size 128 --no-norm-obs --learning-rate 6.3e-4 --tau 1 --target-network-frequency 256 "
+    "--gradient-steps 8 --exploration-fraction 0.12 --end-e 0.1 --hidden-sizes 256 256"
+)
+# Those of the RL Zoo, but with a falling learning rate, double Q and normalised observations.
+DQN_MOUNTAIN = (
+    "--env-id MountainCar-v0 --total-timesteps 200000 --learning-rate 4e-3 --batch-size 128 "
+    "--buffer-size 10000 --gamma 0.98 --target-network-frequency 600 --tau 1 --train-frequency 16 "
+    "--gradient-steps 8 --exploration-fraction 0.2 --end-e 0.07 --hidden-sizes 256 256 --initial-value 0 "
+    "--num-envs 1"
+)
 DQN_LANDER = (
     "--env-id LunarLander-v3 --total-timesteps 400000 --gamma 0.99 --initial-value 0 --learning-rate 1e-3 "
     "--end-e 0.05 --buffer-size 100000 --batch-size 128 --gradient-steps 2"
@@ -174,6 +187,8 @@ TITLES = {
     "CartPole DQN": "DQN balances a pole",
     "Acrobot DQN": "DQN swings up an acrobot",
     "LunarLander DQN": "DQN lands on the moon",
+    "LunarLander DQN 100k": "DQN lands on the moon after 100,000 steps",
+    "MountainCar DQN": "DQN drives a car out of a valley",
     "HalfCheetah PPO": "PPO teaches MuJoCo's cheetah to run",
     "Hopper": "PPO teaches a leg to hop",
     "Walker2d": "PPO teaches two legs to walk",
@@ -195,6 +210,8 @@ TASKS = [
     Task("CartPole DQN", "dqn", "", 3, 500, "the maximum; RL Zoo", headline="CartPole"),
     Task("Acrobot DQN", "dqn", DQN_ACROBOT, 3, -91.5, "CleanRL, 500k steps"),
     Task("LunarLander DQN", "dqn", DQN_LANDER, 3, 154, "RL Zoo, 100k steps"),
+    Task("LunarLander DQN 100k", "dqn", DQN_LANDER_100K, 3, 154, "RL Zoo"),
+    Task("MountainCar DQN", "dqn", DQN_MOUNTAIN, 3, -195, "CleanRL, 500k steps"),
     Task(
         "Space Invaders",
         "dqn_atari",
