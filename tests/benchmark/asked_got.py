@@ -26,11 +26,11 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "algos"))
 import decision_transformer as dt  # noqa: E402 (found through the line above)
 
-SETTINGS = {"total_updates": 800, "context_length": 5, "learning_rate": 1e-3, "warmup_updates": 100}
+SETTINGS = {"total_updates": 3000, "context_length": 5, "learning_rate": 1e-3, "warmup_updates": 100}
 SETTINGS |= {"eval_every": 10**9, "eval_episodes": 1, "num_envs": 1}
 SEEDS = (1, 2, 3)
 ASKED = np.linspace(-200, 280, 10)
-EPISODES = 10
+EPISODES = 30
 
 
 def play(agent: dt.Agent, args: dt.Args, wishes: np.ndarray) -> np.ndarray:
