@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -802,6 +803,27 @@ def test_a_flipped_bit_is_a_line_or_changes_nothing(name, tmp_path, monkeypatch,
         else:
             np.testing.assert_equal(contents(path), before)
     assert noticed > 20
+
+
+@pytest.mark.parametrize("name", copy_block.WITH_TORCH)
+def test_records_that_call_themselves_folders_are_damage(name, tmp_path):
+    """A bit of the zip file's index that no checksum covers, and that fills a tensor with nonsense."""
+    module = importlib.import_module(name)
+    run = fresh_run(module, run_dir=str(tmp_path))
+    run.save()
+    path = tmp_path / "checkpoint.pt"
+    whole = path.read_bytes()
+    module.load_checkpoint(tmp_path, agent=run.parts["agent"])
+    starts = [match.start() for match in re.finditer(b"PK\x01\x02", whole)]
+    assert len(starts) > 5
+    for start in starts:
+        damaged = bytearray(whole)
+        damaged[start + 38] ^= 0x10  # the external attributes; "directory" in those of MS-DOS
+        path.write_bytes(damaged)
+        with pytest.raises(SystemExit) as stopped:
+            module.load_checkpoint(tmp_path)
+        assert stopped.value.code == 2
+    run.lock.close()
 
 
 def saved_args(run_dir: Path) -> dict:
