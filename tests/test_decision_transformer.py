@@ -735,6 +735,21 @@ def test_each_wish_has_its_chart(tmp_path):
     assert {"losses/action_loss", "losses/action_error"} <= set(charts.Tags()["scalars"])
 
 
+def test_the_episodic_return_is_that_of_the_first_wish(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def play(agent, envs, asked, seeds, run):
+        return asked.numpy() * 10, np.full(len(asked), 7)
+
+    monkeypatch.setattr(dt, "play", play)
+    settings = TINY | {"total_updates": 2, "warmup_updates": 1, "eval_every": 2, "num_envs": 3}
+    dt.train(Args(**settings, target_returns=[-3.0, -8.5], run_dir=str(tmp_path / "run")))
+    charts = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert [point.value for point in charts.Scalars("charts/episodic_return")] == [-30]
+    assert [point.value for point in charts.Scalars("charts/return_asked_-8.5")] == [-85]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["episodes"] == 3
+
+
 def test_a_wish_reaches_the_evaluation(tmp_path, monkeypatch):
     """--evaluate asks for the first target return, and another one on demand."""
     settings = TINY | {"total_updates": 1, "warmup_updates": 0}

@@ -419,6 +419,12 @@ VARIANTS = {
         "vf_coef": 1.3,
         "recompute_advantages": False,
     },
+    "values near the old ones": {
+        "clip_vloss": True,
+        "clip_coef": 0.05,
+        "learning_rate": 2e-3,
+        "vf_coef": 1.3,
+    },
     "all off": {
         **{"ortho_init": False, "anneal_lr": False, "norm_obs": False, "norm_reward": False},
         **{"norm_adv": False, "max_grad_norm": 0.0, "recompute_advantages": False, "num_minibatches": 1},
