@@ -119,10 +119,11 @@ DQN_LANDER_100K = (
     "--batch-size 128 --no-norm-obs --learning-rate 6.3e-4 --tau 1 --target-network-frequency 256 "
     "--gradient-steps 8 --exploration-fraction 0.12 --end-e 0.1 --hidden-sizes 256 256"
 )
-# Those of the RL Zoo, but with a falling learning rate, double Q and normalised observations.
+# Those of the RL Zoo, but with a smaller and falling learning rate, a γ nearer to 1, double Q and normalised
+# observations.
 DQN_MOUNTAIN = (
-    "--env-id MountainCar-v0 --total-timesteps 200000 --learning-rate 4e-3 --batch-size 128 "
-    "--buffer-size 10000 --gamma 0.98 --target-network-frequency 600 --tau 1 --train-frequency 16 "
+    "--env-id MountainCar-v0 --total-timesteps 200000 --learning-rate 1e-3 --batch-size 128 "
+    "--buffer-size 10000 --gamma 0.99 --target-network-frequency 600 --tau 1 --train-frequency 16 "
     "--gradient-steps 8 --exploration-fraction 0.2 --end-e 0.07 --hidden-sizes 256 256 --initial-value 0 "
     "--num-envs 1"
 )
