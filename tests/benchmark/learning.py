@@ -58,6 +58,7 @@ class Task:
     prelude: str = ""  # Python to run instead of the script's file
     note: str = ""  # for the table
     headline: str = ""  # what README's short table calls it; "" keeps it out of there
+    in_figure: bool = True
 
     @property
     def command(self) -> str:
@@ -108,6 +109,12 @@ PPO_PENDULUM = (
     "--env-id Pendulum-v1 --total-timesteps 50000 --num-envs 4 --num-steps 1024 --num-minibatches 64 "
     "--learning-rate 1e-3 --gamma 0.9 --use-sde --log-std-init 0 --no-anneal-lr --no-norm-obs "
     "--no-norm-reward --vf-coef 1 --no-recompute-advantages"
+)
+# The course's first try: the default settings of Stable-Baselines3.
+PPO_PENDULUM_UNTUNED = (
+    "--env-id Pendulum-v1 --num-envs 1 --num-steps 2048 --num-minibatches 32 --learning-rate 3e-4 "
+    "--log-std-init 0 --no-anneal-lr --no-norm-obs --no-norm-reward --no-recompute-advantages "
+    "--total-timesteps"
 )
 DQN_ACROBOT = (
     "--env-id Acrobot-v1 --total-timesteps 200000 --gamma 0.99 --initial-value 0 --learning-rate 1e-3 "
@@ -261,7 +268,21 @@ TASKS = [
     Task("Hopper", "ppo_continuous", "--env-id Hopper-v5 --eval-episodes 20", 3, 2383, "CleanRL"),
     Task("Walker2d", "ppo_continuous", f"--env-id Walker2d-v5 {ROBOT}", 3, 2288, "CleanRL"),
     Task("Ant", "ppo_continuous", f"--env-id Ant-v5 {ROBOT}", 3, 3258, "Tianshou"),
-    Task("Pendulum PPO", "ppo_continuous", PPO_PENDULUM, 3, -173.78, "the course"),
+    Task("Pendulum PPO", "ppo_continuous", PPO_PENDULUM, 3, -173.78, "the course", label="tuned"),
+    *(
+        Task(
+            f"Pendulum PPO untuned, {steps // 1000}k",
+            "ppo_continuous",
+            f"{PPO_PENDULUM_UNTUNED} {steps}",
+            3,
+            mark,
+            "the course" if mark else "",
+            "Pendulum PPO",
+            "untuned",
+            in_figure=steps == 50_000,
+        )
+        for steps, mark in ((4096, -1146), (40_960, -1164), (50_000, None))
+    ),
     Task("Pyramids 1M", "rnd_ppo", "--total-timesteps 1000000", 3, 1.75, "Unity's benchmark, 3M decisions"),
     Task("Pyramids memoryless", "rnd_ppo", "--memory 0", 3, 1.75, "", "Pyramids", "--memory 0"),
     Task("Pyramids without", "rnd_ppo", "--int-coef 0", 3, 1.75, "", "Pyramids", "--int-coef 0"),
@@ -369,7 +390,7 @@ def draw(name: str, tasks: list[Task]) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     for task in tasks:
         points = read(task, "training")
-        if not len(points):
+        if not len(points) or not task.in_figure:
             continue
         seeds = np.unique(points[:, 0])
         steps = np.unique(points[:, 1])
