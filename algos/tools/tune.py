@@ -35,7 +35,7 @@ trial. Without it a journal file in the study's folder does the same for one mac
 started trains on to its end, and nobody waits for it.
 
 Expect: with --num-minibatches 1 --update-epochs 1, which makes ppo.py A2C, on CartPole, 45 random trials of
-20,000 steps in 7 minutes on one busy core. Eight had 497 to 500 on their own seed, and 66 to 411 on fresh ones.
+20,000 steps in 7 minutes on one busy core. Eight had 497 to 500 on their own seed, 66 to 411 on fresh ones.
 """
 
 import csv
