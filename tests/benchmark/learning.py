@@ -58,7 +58,7 @@ class Task:
     prelude: str = ""  # Python to run instead of the script's file
     note: str = ""  # for the table
     headline: str = ""  # what README's short table calls it; "" keeps it out of there
-    in_figure: bool = True
+    in_figure: bool = True  # False: a row of the table only
 
     @property
     def command(self) -> str:
@@ -105,7 +105,7 @@ CHEETAH = (
     "--no-use-rms-prop --learning-rate 3e-4"
 )
 ROBOT = "--learning-rate 3e-4 --num-minibatches 32 --eval-episodes 20"
-# What an hour of tools/tune.py found (seeds 1001 to 1127 and 101 to 105), in round numbers.
+# What an hour of tools/tune.py found (seeds 1000 to 1126 and 101 to 105), in round numbers.
 PPO_PENDULUM = (
     "--env-id Pendulum-v1 --total-timesteps 50000 --num-envs 4 --num-steps 512 --num-minibatches 16 "
     "--learning-rate 2e-3 --gamma 0.95 --gae-lambda 0.85 --clip-coef 0.3 --log-std-init 0 --no-norm-obs"
