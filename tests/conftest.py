@@ -12,6 +12,17 @@ sys.path.insert(0, str(ALGOS))
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+def pytest_collection_modifyitems(items):
+    """What a worker gets in one piece: a file, so that its runs are made once. test_run_folder.py takes half
+    of all time: there the tests of one script are a piece."""
+    for item in items:
+        piece = item.path.name
+        if piece == "test_run_folder.py":
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            piece += " " + parameters.get("name", parameters.get("finished_run", ""))
+        item.add_marker(pytest.mark.xdist_group(piece))
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     torch = sys.modules.get("torch")

@@ -261,9 +261,10 @@ class Slow:
                 rows.append(row)
         return rows, ended
 
-    def estimate(self, rows):
-        """Intrinsic rewards, advantages and targets, added to the rows."""
+    def estimate(self, rows, left):
+        """Intrinsic rewards, advantages and targets, added to the rows. left: share of the budget."""
         args = self.args
+        int_coef = args.int_coef * (left if args.anneal_int_coef else 1)
         for row in rows:
             row["i"] = 0.0
             if args.int_coef:
@@ -284,7 +285,7 @@ class Slow:
                 playing = playing and not later["ended"]
                 decay *= args.gamma * args.gae_lambda
                 int_decay *= args.int_gamma * args.gae_lambda
-            row["A"] = args.ext_coef * row["task"] + args.int_coef * row["curious"]
+            row["A"] = args.ext_coef * row["task"] + int_coef * row["curious"]
 
     def loss(self, rows):
         """Equations (5) to (9), (11) and (16), row by row: the loss, and what is logged of it."""
@@ -350,7 +351,7 @@ class Slow:
         """One iteration; returns what is logged."""
         args = self.args
         rows, ended = self.rollout()
-        self.estimate(rows)
+        self.estimate(rows, 1 - number * len(rows) / args.total_timesteps)
         rate = args.learning_rate
         if args.anneal_lr:
             rate *= 1 - number * len(rows) / args.total_timesteps
@@ -399,6 +400,7 @@ ALL_OFF = {
     "norm_adv": False,
     "norm_obs": False,
     "phi_scale": 1.0,
+    "anneal_int_coef": False,
     "max_grad_norm": 0.0,
     "predictor_share": 1.0,
     "memory": 0.0,

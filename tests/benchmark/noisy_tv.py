@@ -28,12 +28,13 @@ RESULTS = HERE / "results" / "noisy_tv.csv"
 sys.path.insert(0, str(HERE.parents[1] / "algos"))
 
 ENVS = {"NoisyTV-v0": "the television is on", "NoisyTVRemote-v0": "the agent has the remote control"}
+CONSTANT = {"anneal_int_coef": False}  # as in rnd_ppo.py, for a fair comparison
 VARIANTS = {
     # Without any reward, normalised advantages are the noise of V at full size, and the policy follows them.
-    "no curiosity": ("icm_ppo", {"int_coef": 0.0, "norm_adv": False}),
-    "raw": ("icm_ppo", {"features": "raw"}),
-    "random": ("icm_ppo", {"features": "random"}),
-    "inverse (ICM)": ("icm_ppo", {"features": "inverse"}),
+    "no curiosity": ("icm_ppo", CONSTANT | {"int_coef": 0.0, "norm_adv": False}),
+    "raw": ("icm_ppo", CONSTANT | {"features": "raw"}),
+    "random": ("icm_ppo", CONSTANT | {"features": "random"}),
+    "inverse (ICM)": ("icm_ppo", CONSTANT | {"features": "inverse"}),
     "RND": ("rnd_ppo", {}),
 }
 COLOURS = ("0.6", "tab:red", "tab:orange", "tab:blue", "tab:green")
