@@ -264,7 +264,9 @@ class Slow:
     def estimate(self, rows, left):
         """Intrinsic rewards, advantages and targets, added to the rows. left: share of the budget."""
         args = self.args
-        int_coef = args.int_coef * (left if args.anneal_int_coef else 1)
+        int_coef = args.int_coef
+        if args.int_fraction:  # a straight line from int_coef at the start to 0 at this share of the budget
+            int_coef = max(0, int_coef * (args.int_fraction - 1 + left) / args.int_fraction)
         for row in rows:
             row["i"] = 0.0
             if args.int_coef:
@@ -391,6 +393,7 @@ ALL_ON = {
     "int_gamma": 0.9,
     "gae_lambda": 0.7,
     "predictor_share": 0.25,
+    "int_fraction": 0.8,
     "memory": 0.6,
     "seed": 5,
 }
@@ -400,7 +403,7 @@ ALL_OFF = {
     "norm_adv": False,
     "norm_obs": False,
     "phi_scale": 1.0,
-    "anneal_int_coef": False,
+    "int_fraction": 0.0,
     "max_grad_norm": 0.0,
     "predictor_share": 1.0,
     "memory": 0.0,
@@ -411,7 +414,7 @@ ALL_OFF = {
 WHOLE = {
     "inverse": {},
     "random": {"features": "random"},
-    "raw": {"features": "raw"},
+    "raw": {"features": "raw", "int_fraction": 0.3},
     "inverse, all on": ALL_ON,
     "random, all on": ALL_ON | {"features": "random"},
     "inverse, all off": ALL_OFF,

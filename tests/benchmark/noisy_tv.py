@@ -28,7 +28,7 @@ RESULTS = HERE / "results" / "noisy_tv.csv"
 sys.path.insert(0, str(HERE.parents[1] / "algos"))
 
 ENVS = {"NoisyTV-v0": "the television is on", "NoisyTVRemote-v0": "the agent has the remote control"}
-CONSTANT = {"anneal_int_coef": False}  # as in rnd_ppo.py, for a fair comparison
+CONSTANT = {"int_fraction": 0.0}  # as in rnd_ppo.py, for a fair comparison
 VARIANTS = {
     # Without any reward, normalised advantages are the noise of V at full size, and the policy follows them.
     "no curiosity": ("icm_ppo", CONSTANT | {"int_coef": 0.0, "norm_adv": False}),
