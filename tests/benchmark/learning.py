@@ -288,7 +288,7 @@ TASKS = [
     Task("Pyramids memoryless", "rnd_ppo", "--memory 0", 3, 1.75, "", "Pyramids", "--memory 0"),
     Task("Pyramids without", "rnd_ppo", "--int-coef 0", 3, 1.75, "", "Pyramids", "--int-coef 0"),
     Task("Pyramids ICM", "icm_ppo", "", 3, 1.75, "", "Pyramids", "predicting the next state (icm_ppo)"),
-    Task("DoorKey", "rnd_ppo", DOORKEY, 3, 0.9, "a solved task"),
+    Task("DoorKey", "rnd_ppo", DOORKEY, 3, 0.9, "a solved task", "DoorKey", "novelty (rnd_ppo)"),
     Task("DoorKey ICM", "icm_ppo", DOORKEY, 3, 0.9, "", "DoorKey", "predicting the next state (icm_ppo)"),
     Task("DoorKey 5x5", "rnd_ppo", DOORKEY_5X5, 3, 0.964, "RL Zoo: PPO"),
     Task("KeyCorridor", "rnd_ppo", KEY_CORRIDOR, 3, 0.949, "RL Zoo: PPO"),
