@@ -379,8 +379,9 @@ def train(args: Args) -> dict:
         returns = np.stack([task, curious], axis=-1) + old_values[:-1]  # (4) (T, N, 2)
         int_coef = args.int_coef
         if args.int_fraction:
-            # [Trick 11] Features that learn grow, and what they hold is never predicted exactly: (13) pays on
-            # when nothing new is left, and the agent dawdles on its way (ours). Ablate: --int-fraction 0
+            # [Trick 11] First curiosity, then the task: c_I falls to 0. Features that learn grow, so their
+            # prediction error does not fade: (13) pays on where nothing is new, and the agent makes detours
+            # on its way to the task's reward (ours). Ablate: --int-fraction 0
             curious_steps = args.int_fraction * args.total_timesteps
             int_coef *= max(0.0, 1 - (run.step - args.batch_size) / curious_steps)
         advantages = args.ext_coef * task + int_coef * curious  # (14) (T, N)

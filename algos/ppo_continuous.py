@@ -70,7 +70,7 @@ Run: python algos/ppo_continuous.py
          --clip-coef 0.3 --log-std-init 0 --no-norm-obs
 Expect: episodic returns after 1M steps (seeds 1, 2, 3; --eval-episodes 20): MuJoCo's cheetah 5,620, 7,114,
 4,427, the one-legged hopper 3,336, 3,426, 3,227, the walker 2,333, 2,904, 4,493, the ant 2,227, 1,781, 2,110;
-each in 5 to 16 minutes on one core. The pendulum has −148, −156, −163 after 50,000 steps, in 15 seconds.
+each in 5 to 17 minutes on one core. The pendulum has −148, −156, −163 after 50,000 steps, in 15 seconds.
 """
 
 import difflib

@@ -268,7 +268,7 @@ TASKS = [
     ),
     Task("Hopper", "ppo_continuous", "--env-id Hopper-v5 --eval-episodes 20", 3, 2383, "CleanRL"),
     Task("Walker2d", "ppo_continuous", f"--env-id Walker2d-v5 {ROBOT}", 3, 2288, "CleanRL"),
-    Task("Ant", "ppo_continuous", ANT, 3, 1327, "RL Zoo, one run"),
+    Task("Ant", "ppo_continuous", ANT, 3, 1327, "RL Zoo, one run; Tianshou 3258"),
     Task("Pendulum PPO", "ppo_continuous", PPO_PENDULUM, 3, -173.78, "the course", label="tuned"),
     *(
         Task(
@@ -288,6 +288,7 @@ TASKS = [
     Task("Pyramids memoryless", "rnd_ppo", "--memory 0", 3, 1.75, "", "Pyramids", "--memory 0"),
     Task("Pyramids without", "rnd_ppo", "--int-coef 0", 3, 1.75, "", "Pyramids", "--int-coef 0"),
     Task("Pyramids ICM", "icm_ppo", "", 3, 1.75, "", "Pyramids", "predicting the next state (icm_ppo)"),
+    Task("Pyramids ICM constant", "icm_ppo", "--int-fraction 0", 1, 1.75, "", "Pyramids", in_figure=False),
     Task("DoorKey", "rnd_ppo", DOORKEY, 3, 0.9, "a solved task", "DoorKey", "novelty (rnd_ppo)"),
     Task("DoorKey ICM", "icm_ppo", DOORKEY, 3, 0.9, "", "DoorKey", "predicting the next state (icm_ppo)"),
     Task("DoorKey 5x5", "rnd_ppo", DOORKEY_5X5, 3, 0.964, "RL Zoo: PPO"),
