@@ -48,6 +48,21 @@ def test_runs_are_kept_resumed_and_collected(here, monkeypatch):
     assert json.loads((runs / "Lake_now/seed2/results.json").read_text())["global_step"] == evaluations[1, 1]
 
 
+def test_a_second_set_of_seeds_stays_beside_the_first(here, monkeypatch):
+    task = Task("Fresh lake", "q_learning", "--total-episodes 60 --eval-episodes 3", 1, 1.0, "the optimum")
+    for seed in (1, 11):
+        assert learning.run(task, seed, here / "runs") == ""
+    learning.collect(task, here / "runs")
+    for fresh, seed in ((False, 1), (True, 11)):
+        for phase in ("evaluation", "training"):
+            assert set(learning.read(task, phase, fresh)[:, 0]) == {seed}
+    monkeypatch.setattr(learning, "TASKS", [task])
+    folder = here / "runs/Fresh_lake"
+    results = [json.loads((folder / f"seed{seed}/results.json").read_text()) for seed in (1, 11)]
+    first, second = (f"{learning.down(x['mean_reward'], 2)} ± {x['std_reward']:.2f}" for x in results)
+    assert f"| q_learning | {first} | {second} | 1 (the optimum) |" in learning.table()
+
+
 def test_a_crash_is_reported_and_nothing_of_it_collected(here):
     task = Task("Broken", "q_learning", "--env-id NoSuchLake-v1", 1)
     assert "exit code 2" in learning.run(task, 1, here / "runs")

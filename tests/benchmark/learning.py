@@ -4,6 +4,7 @@
     python tests/benchmark/learning.py                       all tasks that are not done yet: many hours
     python tests/benchmark/learning.py --tasks CartPole Taxi those whose name begins so
     python tests/benchmark/learning.py --tasks --jobs 1      no training: collect, draw and write again
+    python tests/benchmark/learning.py --fresh               a second set of seeds: 11, 12, …
 
 Every run is a process of its own with its own run folder, RUNS_DIR/TASK/seedS. A run that is finished is not
 repeated, one that was killed is resumed, one that crashes leaves its error in RUNS_DIR/TASK/seedS.log and
@@ -36,6 +37,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 POINTS = 100  # of a training curve in a CSV
+FRESH = 10  # seeds above this are the second set; it has a CSV of its own and no curve
 COLUMNS = ["seed", "phase", "step", "mean_return", "std_return", "episodes", "minutes", "steps_per_second"]
 # A small game for DQN's ablation: importing rally.py registers it, then the script runs as always.
 RALLY = (
@@ -344,8 +346,8 @@ def run(task: Task, seed: int, runs_dir: Path) -> str:
 
 
 def collect(task: Task, runs_dir: Path) -> None:
-    """Write results/TASK.csv from the finished runs, if there are any."""
-    rows = []
+    """Write results/TASK.csv from the finished runs, if there are any; TASK_fresh.csv has the second set."""
+    rows = {False: [], True: []}  # is it of the second set?
     for run_dir in sorted(
         (runs_dir / task.name.replace(" ", "_")).glob("seed*/"), key=lambda x: int(x.name[4:])
     ):
@@ -359,16 +361,22 @@ def collect(task: Task, runs_dir: Path) -> None:
         points = np.array([(event.step, event.value) for event in events.Scalars("charts/episodic_return")])
         edges = np.linspace(0, results["global_step"], POINTS + 1)
         bins = np.digitize(points[:, 0], edges[1:-1], right=True)
+        own = rows[results["seed"] > FRESH]
         for b in np.unique(bins):
             step, mean = int(edges[b + 1]), points[bins == b, 1].mean()
-            rows.append([results["seed"], "training", step, f"{mean:.4g}", "", "", "", ""])
+            own.append([results["seed"], "training", step, f"{mean:.4g}", "", "", "", ""])
         row = [results["seed"], "evaluation", results["global_step"]]
         row += [f"{results['mean_reward']:.4f}", f"{results['std_reward']:.4f}", results["eval_episodes"]]
-        rows.append([*row, f"{results['wall_time_s'] / 60:.2f}", f"{results['steps_per_second']:.0f}"])
-    if rows:
-        (HERE / "results").mkdir(exist_ok=True)
-        with open(HERE / "results" / f"{slug(task.name)}.csv", "w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *rows])
+        own.append([*row, f"{results['wall_time_s'] / 60:.2f}", f"{results['steps_per_second']:.0f}"])
+    (HERE / "results").mkdir(exist_ok=True)
+    for fresh, own in rows.items():
+        if own:
+            with open(csv_path(task, fresh), "w", newline="") as file:
+                csv.writer(file).writerows([COLUMNS, *own])
+
+
+def csv_path(task: Task, fresh: bool = False) -> Path:
+    return HERE / "results" / f"{slug(task.name)}{'_fresh' * fresh}.csv"
 
 
 def slug(name: str) -> str:
@@ -376,9 +384,9 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-def read(task: Task, phase: str) -> np.ndarray:
+def read(task: Task, phase: str, fresh: bool = False) -> np.ndarray:
     """Rows (seed, step, mean, std, minutes, steps/s) of a phase in the CSV; none if it is not there."""
-    path = HERE / "results" / f"{slug(task.name)}.csv"
+    path = csv_path(task, fresh)
     rows = list(csv.DictReader(path.open())) if path.exists() else []
     keys = ("seed", "step", "mean_return", "std_return", "minutes", "steps_per_second")
     return np.array([[float(row[key] or 0) for key in keys] for row in rows if row["phase"] == phase])
@@ -482,19 +490,24 @@ def in_chinese(text: str) -> str:
 
 def table() -> str:
     """The long table of RESULTS.md, one row per task that has a CSV, and the commands."""
-    lines = ["| task | script | result, seed by seed | mark | steps | time |", "|---|---|---|---|---|---|"]
+    lines = ["| task | script | seeds 1, 2, … | seeds 11, 12, … | mark | steps | time |"]
+    lines.append("|---|---|---|---|---|---|---|")
     commands = []
     for task in TASKS:
         rows = read(task, "evaluation")
         if not len(rows) or not task.in_table:
             continue
         digits = digits_of(task)
-        each = ", ".join(f"{down(row[2], digits)} ± {row[3]:.{digits}f}" for row in rows)
+        first, second = (
+            ", ".join(f"{down(row[2], digits)} ± {row[3]:.{digits}f}" for row in some)
+            for some in (rows, read(task, "evaluation", fresh=True))
+        )
         steps = max(rows[:, 1])
         mark = f"{task.mark:g} ({task.source})" if task.source else "—"
         name = f"[{task.name}](figures/{slug(task.figure or task.name)}.png)"
         name += f" ({task.note})" if task.note else ""
-        lines.append(f"| {name} | {task.script} | {each} | {mark} | {steps:,.0f} | {duration(rows)} |")
+        line = f"| {name} | {task.script} | {first} | {second} | {mark} | {steps:,.0f} | {duration(rows)} |"
+        lines.append(line)
         commands += [f"# {task.name}", task.command]
     return "\n".join([*lines, "", "```bash", *commands, "```"])
 
@@ -511,13 +524,15 @@ def main(
     jobs: int = os.cpu_count() or 1,
     runs_dir: Path = ROOT / "runs/benchmark",
     report: bool = True,
+    fresh: bool = False,
 ) -> None:
     """tasks: beginnings of names, default all. jobs: runs at a time. runs_dir: where the run folders are.
 
-    report: collect, draw and write once all is trained.
+    report: collect, draw and write once all is trained. fresh: train the second set of seeds.
     """
     chosen = [task for task in TASKS if tasks is None or task.name.startswith(tuple(tasks))]
-    work = [(task, seed) for task in chosen for seed in range(1, task.seeds + 1)]
+    first = FRESH + 1 if fresh else 1
+    work = [(task, seed) for task in chosen for seed in range(first, first + task.seeds)]
     runs_dir.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(jobs) as pool:
         done = pool.map(lambda pair: run(*pair, runs_dir.resolve()), work)

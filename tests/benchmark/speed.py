@@ -3,10 +3,13 @@
     python tests/benchmark/speed.py                    all, three rounds in turn; nothing else should run
     python tests/benchmark/speed.py --only "PPO CartPole" --rounds 5
 
-Where the time goes is sampled: every 2 ms a timer looks where the training loop is. Inside of an
-environment's `step` counts as environment, the rest of section [A] as acting, all other sections as learning.
-Speeds are medians with their range; rounds alternate between us and the peer: both see the same machine.
-Writes results/speed.csv.
+Where the time goes is sampled: every 2 ms a timer looks where the training loop is, and the time since its
+last look counts for that place (a long call into PyTorch is seen when it returns). Inside of an environment's
+`step` counts as environment, the rest of section [A] as acting, all other sections as learning.
+Rounds alternate between this script and the peer, so that both see the same machine, and each round gives one
+ratio of the two. All numbers are medians over the rounds, ranges go from the lowest to the highest. The
+decision transformer's are updates per second; it has no environment while it learns.
+Writes results/speed.csv and the table in RESULTS.md.
 """
 
 import csv
@@ -45,6 +48,7 @@ A2C = (
 ANT, CHEETAH = "pybullet_envs_gymnasium:AntBulletEnv-v0", "HalfCheetah-v5"
 CASES = {
     "Q-learning FrozenLake": Case("q_learning", {"total_episodes": 10_000}),
+    "Sarsa CliffWalking": Case("sarsa", {"total_episodes": 3000}),
     "REINFORCE CartPole": Case("reinforce", {}),
     # The settings of the RL Zoo: a minibatch for every step, hidden layers of 256.
     "DQN LunarLander": Case(
@@ -112,8 +116,20 @@ CASES = {
         "batch_size=64, n_epochs=10, device='cpu')",
     ),
     "PPO HalfCheetah, defaults": Case("ppo_continuous", {"total_timesteps": 40_960}),
+    # The settings of the RL Zoo, which are the defaults of ppo_atari.py; the peer's rewards are clipped, too.
+    "PPO Atari Pong": Case(
+        "ppo_atari",
+        {"total_timesteps": 4096},
+        "from stable_baselines3.common.env_util import make_atari_env\n"
+        "from stable_baselines3.common.vec_env import VecFrameStack\n"
+        "import ale_py\n"
+        "envs = VecFrameStack(make_atari_env('ALE/Pong-v5', 8, env_kwargs=dict(frameskip=1)), 4)\n"
+        "model = PPO('CnnPolicy', envs, n_steps=128, batch_size=256, n_epochs=4, learning_rate=2.5e-4, "
+        "clip_range=0.1, ent_coef=0.01, device='cpu')",
+    ),
     "RND Pyramids": Case("rnd_ppo", {"total_timesteps": 100_000}),
-    "ICM Pyramids": Case("icm_ppo", {"total_timesteps": 100_000}),
+    "ICM Pyramids": Case("icm_ppo", {"total_timesteps": 50_000}),
+    "Decision transformer, graph": Case("decision_transformer", {"total_updates": 300}),
 }
 
 
@@ -128,17 +144,21 @@ def measure(name: str) -> None:
         if banner := re.match(r" +# \[([A-D])\]", line):
             section = banner[1]
         sections[number] = section
-    acting = "B" if case.script == "q_learning" else "A"
+    acting = "B" if case.script in ("q_learning", "sarsa") else "A"
     counts = Counter()
+    last = time.perf_counter()
 
     def look(_, frame) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        seconds, last = now - last, now
         inside = False
-        while frame and frame.f_code.co_name != "train":
+        while frame and frame.f_code is not module.train.__code__:
             inside |= frame.f_code.co_name == "step" and "optim" not in frame.f_code.co_filename
             frame = frame.f_back
         if frame and frame.f_lineno:  # a few instructions have no line
             here = sections[frame.f_lineno]
-            counts["environment" if inside else "acting" if here == acting else "learning"] += 1
+            counts["environment" if inside else "acting" if here == acting else "learning"] += seconds
 
     with tempfile.TemporaryDirectory() as folder:
         args = module.Args(**case.flags, run_dir=folder, eval_episodes=1)
@@ -146,20 +166,24 @@ def measure(name: str) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
         speed = module.train(args)["steps_per_second"]
         signal.setitimer(signal.ITIMER_REAL, 0)
-    envs = module.make_envs(args, getattr(args, "num_envs", 1))
-    if case.script == "q_learning":  # it steps the one environment without the vector around it
-        envs = envs.unwrapped.envs[0]
-    envs.reset(seed=1 if case.script == "q_learning" else module.env_seeds(envs.num_envs, 1))
+    ceiling = None if case.script == "decision_transformer" else environment_alone(module, args)
+    share = {part: counts[part] / sum(counts.values()) for part in ("environment", "acting", "learning")}
+    print(json.dumps({"speed": speed, "ceiling": ceiling} | share))
+
+
+def environment_alone(module, args) -> float:
+    """Steps per second with actions drawn beforehand."""
+    table = hasattr(module, "make_env")  # a script with a table steps one environment, without a vector
+    envs = module.make_env(args) if table else module.make_envs(args, getattr(args, "num_envs", 1))
+    envs.reset(seed=1 if table else module.env_seeds(envs.num_envs, 1))
     actions = [envs.action_space.sample() for _ in range(1000)]
     steps, started = 0, time.perf_counter()
     while (seconds := time.perf_counter() - started) < 3:
         _, _, terminated, truncated, _ = envs.step(actions[steps % 1000])
-        if case.script == "q_learning" and (terminated or truncated):
+        if table and (terminated or truncated):
             envs.reset()
         steps += 1
-    steps *= getattr(args, "num_envs", 1)
-    share = {part: counts[part] / sum(counts.values()) for part in ("environment", "acting", "learning")}
-    print(json.dumps({"speed": speed, "ceiling": steps / seconds} | share))
+    return steps * (1 if table else envs.num_envs) / seconds
 
 
 def measure_peer(name: str) -> None:
@@ -174,6 +198,26 @@ def measure_peer(name: str) -> None:
     started = time.perf_counter()
     scope["model"].learn(steps)
     print(json.dumps({"speed": steps / (time.perf_counter() - started)}))
+
+
+def table(rows: list[dict]) -> str:
+    """Of RESULTS.md."""
+    lines = ["| task | this script | range | environment alone | learning | SB3 | range | ratio | range |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        learning = f"{float(row['learning']):.0%}"
+        cells = [row["case"], row["steps_per_second"], row["range"], row["environment_alone"], learning]
+        cells += [row["sb3"], row["sb3_range"], row["ratio"], row["ratio_range"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return re.sub(r"(?<=\d)(?=(\d{3})+\b(?!\.))(?<!\.\d)", ",", "\n".join(lines))
+
+
+def put(text: str) -> None:
+    """Replace what stands between the two marks of RESULTS.md."""
+    path = HERE / "RESULTS.md"
+    begin, end = "<!-- speed: written by tests/benchmark/speed.py -->", "<!-- end of speed -->"
+    head, rest = path.read_text().split(begin)
+    path.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}")
 
 
 def main(only: str | None = None, rounds: int = 3, one: str | None = None, peer: bool = False) -> None:
@@ -197,11 +241,15 @@ def main(only: str | None = None, rounds: int = 3, one: str | None = None, peer:
         speeds, peers = ([result["speed"] for result in results] for results in (ours, theirs))
         row = {"case": name, "steps_per_second": f"{np.median(speeds):.0f}"}
         row |= {"range": f"{min(speeds):.0f} to {max(speeds):.0f}"}
-        row |= {"environment_alone": f"{np.median([result['ceiling'] for result in ours]):.0f}"}
+        ceilings = [result["ceiling"] for result in ours if result["ceiling"]]
+        row["environment_alone"] = f"{np.median(ceilings):.0f}" if ceilings else ""
         for part in ("environment", "acting", "learning"):
             row[part] = f"{np.median([result[part] for result in ours]):.2f}"
         row["sb3"] = f"{np.median(peers):.0f}" if peers else ""
         row["sb3_range"] = f"{min(peers):.0f} to {max(peers):.0f}" if peers else ""
+        ratios = [speed / peer for speed, peer in zip(speeds, peers, strict=False)]
+        row["ratio"] = f"{np.median(ratios):.2f}" if peers else ""
+        row["ratio_range"] = f"{min(ratios):.2f} to {max(ratios):.2f}" if peers else ""
         rows.append(row)
         print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     if not only:
@@ -209,6 +257,7 @@ def main(only: str | None = None, rounds: int = 3, one: str | None = None, peer:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
+        put(table(rows))
 
 
 if __name__ == "__main__":
