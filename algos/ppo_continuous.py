@@ -65,12 +65,15 @@ Run: python algos/ppo_continuous.py
      python algos/ppo_continuous.py --env-id Hopper-v5
      python algos/ppo_continuous.py --env-id Walker2d-v5 --learning-rate 3e-4 --num-minibatches 32
      python algos/ppo_continuous.py --env-id Ant-v5 --learning-rate 3e-4
+     python algos/ppo_continuous.py --env-id BipedalWalker-v3 --total-timesteps 2000000 --num-envs 32 \\
+         --num-steps 256 --num-minibatches 32 --gamma 0.999 --learning-rate 3e-4
      python algos/ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 50000 --num-envs 4 \\
          --num-steps 512 --num-minibatches 16 --learning-rate 2e-3 --gamma 0.95 --gae-lambda 0.85 \\
          --clip-coef 0.3 --log-std-init 0 --no-norm-obs
 Expect: episodic returns after 1M steps (seeds 1, 2, 3; --eval-episodes 20): MuJoCo's cheetah 5,620, 7,114,
 4,427, the one-legged hopper 3,336, 3,426, 3,227, the walker 2,333, 2,904, 4,493, the ant 2,227, 1,781, 2,110;
-each in 5 to 17 minutes on one core. The pendulum has −148, −156, −163 after 50,000 steps, in 15 seconds.
+each in 5 to 17 minutes on one core. BipedalWalker has 287, 305, 287 after 2M steps, in 16 to 21 minutes, the
+pendulum −148, −156, −163 after 50,000 steps, in 15 seconds.
 """
 
 import difflib

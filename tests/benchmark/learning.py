@@ -108,6 +108,10 @@ CHEETAH = (
 )
 ROBOT = "--learning-rate 3e-4 --num-minibatches 32 --eval-episodes 20"
 ANT = "--env-id Ant-v5 --learning-rate 3e-4 --eval-episodes 20"
+BIPEDAL = (
+    "--env-id BipedalWalker-v3 --total-timesteps 2000000 --num-envs 32 --num-steps 256 --num-minibatches 32 "
+    "--gamma 0.999 --learning-rate 3e-4"
+)
 # What an hour of tools/tune.py found (seeds 1000 to 1126 and 101 to 105), in round numbers.
 PPO_PENDULUM = (
     "--env-id Pendulum-v1 --total-timesteps 50000 --num-envs 4 --num-steps 512 --num-minibatches 16 "
@@ -204,6 +208,7 @@ TITLES = {
     "Hopper": "PPO teaches a leg to hop",
     "Walker2d": "PPO teaches two legs to walk",
     "Ant": "PPO teaches MuJoCo's ant to walk",
+    "BipedalWalker": "PPO walks on two legs over rough ground",
     "Pendulum PPO": "PPO swings up a pendulum",
     "dqn_cartpole_ablation": "DQN on CartPole without one part at a time",
     "dqn_ablation": "DQN on a small pixel game without one part at a time",
@@ -271,6 +276,7 @@ TASKS = [
     Task("Hopper", "ppo_continuous", "--env-id Hopper-v5 --eval-episodes 20", 3, 2383, "CleanRL"),
     Task("Walker2d", "ppo_continuous", f"--env-id Walker2d-v5 {ROBOT}", 3, 2288, "CleanRL"),
     Task("Ant", "ppo_continuous", ANT, 3, 1327, "RL Zoo, one run; Tianshou 3258"),
+    Task("BipedalWalker", "ppo_continuous", BIPEDAL, 3, 288, "RL Zoo, 5M steps"),
     Task("Pendulum PPO", "ppo_continuous", PPO_PENDULUM, 3, -173.78, "the course", label="tuned"),
     *(
         Task(
@@ -295,7 +301,7 @@ TASKS = [
     Task("DoorKey ICM", "icm_ppo", DOORKEY, 3, 0.9, "", "DoorKey", "predicting the next state (icm_ppo)"),
     Task("DoorKey 5x5", "rnd_ppo", DOORKEY_5X5, 3, 0.964, "RL Zoo: PPO"),
     Task("KeyCorridor", "rnd_ppo", KEY_CORRIDOR, 3, 0.949, "RL Zoo: PPO"),
-    Task("MultiRoom", "rnd_ppo", MULTIROOM, 3, 0, "RL Zoo: PPO after 10M"),
+    Task("MultiRoom", "rnd_ppo", MULTIROOM, 3, 0, "RL Zoo: PPO after 10M", "MultiRoom", "novelty (rnd_ppo)"),
     Task("MultiRoom ICM", "icm_ppo", MULTIROOM, 3, 0, "", "MultiRoom", "predicting the next state (icm_ppo)"),
     *(
         Task(f"ablation PPO {flag}", "ppo", flag, 3, None, "", "ppo_ablation", flag or "all tricks", False)

@@ -2,8 +2,9 @@
 
 Run: python tests/benchmark/noisy_tv.py
 
-algos/envs/noisy_tv.py describes the maze: the television is one door away, the reward eight. Every variant is
-trained with the same settings and five seeds. Each run adds its curve to results/noisy_tv.csv, and runs that
+algos/envs/noisy_tv.py describes the maze: the television is one door away, the reward eight. To see what the
+noise does, the same maze is tried with a screen that stays dark. Every variant is trained with the same
+settings and five seeds. Each run adds its curve to results/noisy_tv.csv, and runs that
 are there already are not repeated; the picture goes to figures/noisy_tv.png.
 
     watching   share of all steps that are spent in the room with the television
@@ -15,6 +16,7 @@ import csv
 import importlib
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -26,23 +28,30 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "noisy_tv.csv"
 sys.path.insert(0, str(HERE.parents[1] / "algos"))
+noisy_tv = importlib.import_module("envs.noisy_tv")
 
-ENVS = {"NoisyTV-v0": "the television is on", "NoisyTVRemote-v0": "the agent has the remote control"}
+DARK = "dark"
+ENVS = {
+    DARK: "the screen stays dark",
+    "NoisyTV-v0": "the television is on",
+    "NoisyTVRemote-v0": "the agent has the remote control",
+}
 CONSTANT = {"int_fraction": 0.0}  # as in rnd_ppo.py, for a fair comparison
 VARIANTS = {
     # Without any reward, normalised advantages are the noise of V at full size, and the policy follows them.
     "no curiosity": ("icm_ppo", CONSTANT | {"int_coef": 0.0, "norm_adv": False}),
     "raw": ("icm_ppo", CONSTANT | {"features": "raw"}),
     "random": ("icm_ppo", CONSTANT | {"features": "random"}),
-    "inverse (ICM)": ("icm_ppo", CONSTANT | {"features": "inverse"}),
+    "inverse (ICM)": ("icm_ppo", CONSTANT | {"features": "inverse", "phi_scale": 1.0}),
     "RND": ("rnd_ppo", {}),
 }
 COLOURS = ("0.6", "tab:red", "tab:orange", "tab:blue", "tab:green")
-# Flags of all variants, chosen on seed 101 with inverse features: more and larger steps than the defaults.
-# The agent sees where it is, so it needs no memory.
+# Flags with which every curiosity finds the reward if the screen is dark (chosen on seeds 101 and 102): more
+# and larger steps than the defaults, and a larger c_I, for the task pays nothing for a long time. The agent
+# sees where it is, so it needs no memory.
 SETTINGS = {"total_timesteps": 143_360, "num_envs": 32, "num_minibatches": 8, "update_epochs": 2}
-SETTINGS |= {"learning_rate": 1e-3, "memory": 0.0}
-SEEDS = (3, 4, 5, 6, 7)  # 1 and 2 had been seen when the settings were chosen
+SETTINGS |= {"learning_rate": 1e-3, "memory": 0.0, "int_coef": 1.0}
+SEEDS = (11, 12, 13, 14, 15)  # no choice has seen them
 POINTS = 20  # of a curve
 COLUMNS = ("env", "variant", "seed", "step", "watching", "rooms", "task")
 
@@ -73,10 +82,16 @@ def curve(folder: str, tag: str, edges: np.ndarray) -> list[float]:
     return [points[inside, 1].mean() if inside.any() else np.nan for inside in between]
 
 
+def observe_dark(envs) -> np.ndarray:
+    """Observations (N, 105) whose pixels are all off."""
+    return np.concatenate([noisy_tv.ONE_HOT[envs.tile], np.zeros_like(envs.screen)], axis=1)
+
+
 def measure(env: str, variant: str, seed: int, **settings) -> list[dict]:
     """Train once. Returns POINTS rows of the table."""
     script, own = VARIANTS[variant]
     module = importlib.import_module(script)
+    world = "NoisyTV-v0" if env == DARK else env
     made = []
     make_envs = module.make_envs
 
@@ -84,10 +99,11 @@ def measure(env: str, variant: str, seed: int, **settings) -> list[dict]:
         made.append(Watcher(make_envs(*arguments, **options)))
         return made[-1]
 
-    with tempfile.TemporaryDirectory() as folder, patch.object(module, "make_envs", watched):
+    dark = patch.object(noisy_tv.NoisyTVVectorEnv, "_observe", observe_dark) if env == DARK else nullcontext()
+    with tempfile.TemporaryDirectory() as folder, patch.object(module, "make_envs", watched), dark:
         flags = {**SETTINGS, **own, **settings}
         args = module.Args(
-            env_id=f"envs.noisy_tv:{env}", seed=seed, run_dir=f"{folder}/run", eval_episodes=1, **flags
+            env_id=f"envs.noisy_tv:{world}", seed=seed, run_dir=f"{folder}/run", eval_episodes=1, **flags
         )
         steps = module.train(args)["global_step"]
         edges = np.linspace(0, steps, POINTS + 1)
@@ -158,8 +174,8 @@ def draw(rows: list[dict]) -> None:
 
 
 def main() -> None:
-    for env in ENVS:
-        for seed in SEEDS:
+    for seed in SEEDS:
+        for env in ENVS:
             for variant in VARIANTS:
                 done = {(row["env"], row["variant"], row["seed"]) for row in read()}
                 if (env, variant, seed) not in done:
