@@ -71,11 +71,12 @@ Run: python algos/icm_ppo.py
      python algos/icm_ppo.py --features raw  # also: random
      python algos/icm_ppo.py --env-id MiniGrid-DoorKey-8x8-v0 --total-timesteps 1000000
      python algos/icm_ppo.py --env-id envs.noisy_tv:NoisyTV-v0 --total-timesteps 143360 --num-envs 32 \\
-         --num-minibatches 8 --update-epochs 2 --learning-rate 1e-3 --memory 0 --int-fraction 0
+         --num-minibatches 8 --update-epochs 2 --learning-rate 1e-3 --memory 0 --int-coef 1 --phi-scale 1 \\
+         --int-fraction 0
 Expect: on Pyramids 1.78, 1.82 and 1.76 after 3M steps (seeds 1, 2, 3), in 19 minutes. DoorKey-8x8 ends at
-0.97 (seeds 1, 2). On the noisy television raw and random features stay at the screen (seeds 3, 4). Inverse
-ones leave it and come back: with seed 101, on which these flags were chosen, all episodes arrived at the
-reward in the end, with seeds 1 to 4 hardly one ever did.
+0.97 three times. Before the noisy television (five seeds) raw features keep the agent at the screen for 76%
+of the time in the end, random ones for 54%, inverse ones, by the command above, for 25%; with the remote
+control (NoisyTVRemote-v0) for 96%. Before a dark screen all three find the reward.
 """
 
 import difflib
