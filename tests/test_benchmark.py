@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmark"))
-learning, rally, promises = map(importlib.import_module, ("learning", "rally", "promises"))
+learning, rally, promises, speed = map(importlib.import_module, ("learning", "rally", "promises", "speed"))
 Task = learning.Task
 
 
@@ -139,3 +140,26 @@ def test_broken_promises_are_counted(monkeypatch, capsys):
     promises.flags(table, promises.Options(scripts=("ppo",)))
     assert table.tried["a flag with nonsense"] == [len(ppo.Args.__dataclass_fields__), 1]
     assert "ppo ['--num-steps', '-1']" in capsys.readouterr().out
+
+
+def test_speeds_are_ratios_of_pairs(monkeypatch, capsys):
+    """Three rounds with 300, 200, 100 against 100, 100, 25: ratios 3, 2, 4, whatever the medians are."""
+    speeds = {"ours": [300, 200, 100], "peer": [100, 100, 25]}
+
+    def run(command, **_):
+        own = {"speed": speeds["peer" if "--peer" in command else "ours"].pop(0), "ceiling": 12_345}
+        line = json.dumps(own | {"environment": 0.2, "acting": 0.1, "learning": 0.7})
+        return subprocess.CompletedProcess(command, 0, f"a score\n{line}\n", "")
+
+    monkeypatch.setattr(speed.subprocess, "run", run)
+    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: name)
+    rows = []
+    monkeypatch.setattr(speed, "print", lambda *words, **_: rows.append(" ".join(words)), raising=False)
+    speed.main(only="PPO CartPole")
+    assert "steps_per_second=200 range=100 to 300 environment_alone=12345" in rows[0]
+    assert "ratio=3.00 ratio_range=2.00 to 4.00" in rows[0]
+    cells = {name: name for name in ("case", "range", "sb3_range", "ratio_range")}
+    cells |= {"steps_per_second": "1234567", "environment_alone": "999", "learning": "0.70"}
+    cells |= {"sb3": "1000", "ratio": "1.53"}
+    last = speed.table([cells]).splitlines()[-1]
+    assert last == "| case | 1,234,567 | range | 999 | 70% | 1,000 | sb3_range | 1.53 | ratio_range |"

@@ -1108,6 +1108,24 @@ def test_the_experiment_measures_what_it_says(tmp_path, monkeypatch):
         assert len(list(csv.DictReader(file))) == 40
 
 
+def test_a_dark_screen_is_the_same_maze_without_noise(monkeypatch):
+    envs = tv.NoisyTVVectorEnv(3)
+    envs.reset(seed=1)
+    seen = [envs.step(np.full(3, LEFT))[0] for _ in range(8)][-1]
+    assert seen[:, 89:].any(), "the television is on in room 0"
+    dark = experiment.observe_dark(envs)
+    assert dark.dtype == seen.dtype and (dark[:, :89] == seen[:, :89]).all() and not dark[:, 89:].any()
+
+    asked = []
+    monkeypatch.setattr(experiment, "observe_dark", lambda envs: asked.append(envs) or observe(envs))
+    observe = tv.NoisyTVVectorEnv._observe
+    own = {"total_timesteps": 400, "num_envs": 2, "num_steps": 20, "num_minibatches": 1, "update_epochs": 1}
+    for world, is_dark in ((experiment.DARK, True), ("NoisyTV-v0", False)):
+        rows = experiment.measure(world, "no curiosity", 1, init_steps=3, **own)
+        assert bool(asked) == is_dark and {row["env"] for row in rows} == {world}
+        asked.clear()
+
+
 def test_the_experiment_runs_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment, "RESULTS", tmp_path / "noisy_tv.csv")
     monkeypatch.setattr(experiment, "SEEDS", (1, 2))

@@ -49,7 +49,7 @@ ANT, CHEETAH = "pybullet_envs_gymnasium:AntBulletEnv-v0", "HalfCheetah-v5"
 CASES = {
     "Q-learning FrozenLake": Case("q_learning", {"total_episodes": 10_000}),
     "Sarsa CliffWalking": Case("sarsa", {"total_episodes": 3000}),
-    "REINFORCE CartPole": Case("reinforce", {}),
+    "REINFORCE CartPole": Case("reinforce", {"total_episodes": 500}),
     # The settings of the RL Zoo: a minibatch for every step, hidden layers of 256.
     "DQN LunarLander": Case(
         "dqn",
@@ -67,7 +67,7 @@ CASES = {
             "tau": 1.0,
             "target_network_frequency": 250,
             "initial_value": 0.0,
-            "total_timesteps": 8000,
+            "total_timesteps": 3000,
         },
         VEC + "model = DQN('MlpPolicy', make_vec_env('LunarLander-v3', 1), learning_rate=6.3e-4, "
         "buffer_size=50_000, learning_starts=100, batch_size=128, train_freq=4, gradient_steps=-1, "
@@ -75,7 +75,7 @@ CASES = {
     ),
     "DQN Space Invaders": Case(
         "dqn_atari",
-        {"total_timesteps": 6000, "learning_starts": 100, "buffer_size": 10_000},
+        {"total_timesteps": 2000, "learning_starts": 100, "buffer_size": 10_000},
         "from stable_baselines3.common.env_util import make_atari_env\n"
         "from stable_baselines3.common.vec_env import VecFrameStack\n"
         "import ale_py\n"
@@ -83,10 +83,10 @@ CASES = {
         "model = DQN('CnnPolicy', envs, buffer_size=10_000, learning_starts=100, batch_size=32, "
         "train_freq=4, target_update_interval=1000, device='cpu')",
     ),
-    "A2C Ant": Case("a2c_continuous", {"total_timesteps": 20_000}, VEC + NORM + "model = " + A2C.format(ANT)),
+    "A2C Ant": Case("a2c_continuous", {"total_timesteps": 6000}, VEC + NORM + "model = " + A2C.format(ANT)),
     "A2C HalfCheetah": Case(
         "a2c_continuous",
-        {"env_id": CHEETAH, "total_timesteps": 60_000},
+        {"env_id": CHEETAH, "total_timesteps": 20_000},
         VEC + NORM + "model = " + A2C.format(CHEETAH),
     ),
     "PPO CartPole": Case(
@@ -96,7 +96,7 @@ CASES = {
             "num_steps": 128,
             "num_minibatches": 4,
             "update_epochs": 4,
-            "total_timesteps": 100_000,
+            "total_timesteps": 40_960,
         },
         VEC
         + "model = PPO('MlpPolicy', make_vec_env('CartPole-v1', 4), n_steps=128, batch_size=128, n_epochs=4, "
@@ -110,16 +110,16 @@ CASES = {
             "num_minibatches": 32,
             "learning_rate": 3e-4,
             "recompute_advantages": False,
-            "total_timesteps": 16_384,
+            "total_timesteps": 8192,
         },
         VEC + NORM + f"model = PPO('MlpPolicy', VecNormalize(make_vec_env('{CHEETAH}', 1)), n_steps=2048, "
         "batch_size=64, n_epochs=10, device='cpu')",
     ),
-    "PPO HalfCheetah, defaults": Case("ppo_continuous", {"total_timesteps": 40_960}),
+    "PPO HalfCheetah, defaults": Case("ppo_continuous", {"total_timesteps": 20_480}),
     # The settings of the RL Zoo, which are the defaults of ppo_atari.py; the peer's rewards are clipped, too.
     "PPO Atari Pong": Case(
         "ppo_atari",
-        {"total_timesteps": 4096},
+        {"total_timesteps": 3072},
         "from stable_baselines3.common.env_util import make_atari_env\n"
         "from stable_baselines3.common.vec_env import VecFrameStack\n"
         "import ale_py\n"
@@ -127,9 +127,9 @@ CASES = {
         "model = PPO('CnnPolicy', envs, n_steps=128, batch_size=256, n_epochs=4, learning_rate=2.5e-4, "
         "clip_range=0.1, ent_coef=0.01, device='cpu')",
     ),
-    "RND Pyramids": Case("rnd_ppo", {"total_timesteps": 100_000}),
-    "ICM Pyramids": Case("icm_ppo", {"total_timesteps": 50_000}),
-    "Decision transformer, graph": Case("decision_transformer", {"total_updates": 300}),
+    "RND Pyramids": Case("rnd_ppo", {"total_timesteps": 40_960}),
+    "ICM Pyramids": Case("icm_ppo", {"total_timesteps": 20_480}),
+    "Decision transformer, graph": Case("decision_transformer", {"total_updates": 200}),
 }
 
 
@@ -178,7 +178,7 @@ def environment_alone(module, args) -> float:
     envs.reset(seed=1 if table else module.env_seeds(envs.num_envs, 1))
     actions = [envs.action_space.sample() for _ in range(1000)]
     steps, started = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - started) < 3:
+    while (seconds := time.perf_counter() - started) < 2:
         _, _, terminated, truncated, _ = envs.step(actions[steps % 1000])
         if table and (terminated or truncated):
             envs.reset()
