@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmark"))
-learning, rally, promises, speed = map(importlib.import_module, ("learning", "rally", "promises", "speed"))
+learning, rally, promises, scale, speed = (
+    importlib.import_module(name) for name in ("learning", "rally", "promises", "scale", "speed")
+)
 Task = learning.Task
 
 
@@ -163,3 +165,9 @@ def test_speeds_are_ratios_of_pairs(monkeypatch, capsys):
     cells |= {"sb3": "1000", "ratio": "1.53"}
     last = speed.table([cells]).splitlines()[-1]
     assert last == "| case | 1,234,567 | range | 999 | 70% | 1,000 | sb3_range | 1.53 | ratio_range |"
+
+
+def test_scale_is_drawn_as_far_as_it_is_measured(tmp_path):
+    row = {"curve": "environments", "script": "ppo", "steps_per_second": "900", "memory_mb": "360"}
+    scale.draw([row | {"x": "1"}, row | {"x": "4"}], tmp_path / "scale.png")
+    assert (tmp_path / "scale.png").stat().st_size > 5000

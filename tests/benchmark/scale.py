@@ -132,9 +132,14 @@ def draw(rows: list[dict], path: Path) -> None:
             mine = [row for row in rows if (row["curve"], row["script"]) == (curve.name, curve.script)]
             x = [int(row["x"]) for row in mine]
             y = [float(row[column]) for row in mine]
+            if not mine:
+                continue
             label = curve.script + (", threads" if curve.name == "threads" else "")
             panel.plot(x, y, "o--" if curve.name == "threads" else "o-", label=label)
-        panel.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label)
+        panel.set(xlabel=x_label, ylabel=y_label)
+        if not panel.lines:  # not measured yet
+            continue
+        panel.set(xscale="log", yscale="log")
         ticks = sorted({int(row["x"]) for row in rows if row["curve"] == name})
         panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
         panel.minorticks_off()
