@@ -63,7 +63,7 @@ def test_a_second_set_of_seeds_stays_beside_the_first(here, monkeypatch):
     folder = here / "runs/Fresh_lake"
     results = [json.loads((folder / f"seed{seed}/results.json").read_text()) for seed in (1, 11)]
     first, second = (f"{learning.down(x['mean_reward'], 2)} ± {x['std_reward']:.2f}" for x in results)
-    assert f"| q_learning | {first} | {second} | 1 (the optimum) |" in learning.table()
+    assert f"| q_learning | {first}; seeds 11, 12, …: {second} | 1 (the optimum) |" in learning.table()
 
 
 def test_a_crash_is_reported_and_nothing_of_it_collected(here):

@@ -496,8 +496,7 @@ def in_chinese(text: str) -> str:
 
 def table() -> str:
     """The long table of RESULTS.md, one row per task that has a CSV, and the commands."""
-    lines = ["| task | script | seeds 1, 2, … | seeds 11, 12, … | mark | steps | time |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = ["| task | script | result, seed by seed | mark | steps | time |", "|---|---|---|---|---|---|"]
     commands = []
     for task in TASKS:
         rows = read(task, "evaluation")
@@ -508,12 +507,12 @@ def table() -> str:
             ", ".join(f"{down(row[2], digits)} ± {row[3]:.{digits}f}" for row in some)
             for some in (rows, read(task, "evaluation", fresh=True))
         )
+        both = f"{first}; seeds 11, 12, …: {second}" if second else first
         steps = max(rows[:, 1])
         mark = f"{task.mark:g} ({task.source})" if task.source else "—"
         name = f"[{task.name}](figures/{slug(task.figure or task.name)}.png)"
         name += f" ({task.note})" if task.note else ""
-        line = f"| {name} | {task.script} | {first} | {second} | {mark} | {steps:,.0f} | {duration(rows)} |"
-        lines.append(line)
+        lines.append(f"| {name} | {task.script} | {both} | {mark} | {steps:,.0f} | {duration(rows)} |")
         commands += [f"# {task.name}", task.command]
     return "\n".join([*lines, "", "```bash", *commands, "```"])
 
