@@ -245,7 +245,8 @@ class Agent(nn.Module):
                     nn.init.zeros_(layer.bias)
         if features == "inverse":
             # [Trick 10] Random weights put all that is seen into φ, and training hardly removes what a guess
-            # does not need. Begun near 0, φ takes up only what helps a guess (ours). Ablate: --phi-scale 1
+            # does not need. Begun near 0, φ takes up only what helps a guess (ours); in the maze of the noisy
+            # television that takes too long. Ablate: --phi-scale 1
             self.phi[-1].weight.data *= phi_scale
         else:
             self.phi.requires_grad_(False)

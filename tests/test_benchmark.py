@@ -167,6 +167,7 @@ def test_speeds_are_ratios_of_pairs(monkeypatch, capsys):
     assert last == "| case | 1,234,567 | range | 999 | 70% | 1,000 | sb3_range | 1.53 | ratio_range |"
 
 
+@pytest.mark.filterwarnings("error")
 def test_scale_is_drawn_as_far_as_it_is_measured(tmp_path):
     row = {"curve": "environments", "script": "ppo", "steps_per_second": "900", "memory_mb": "360"}
     scale.draw([row | {"x": "1"}, row | {"x": "4"}], tmp_path / "scale.png")
