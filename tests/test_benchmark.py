@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmark"))
-learning, rally, promises, scale, speed = (
-    importlib.import_module(name) for name in ("learning", "rally", "promises", "scale", "speed")
+learning, medium, rally, promises, scale, speed = (
+    importlib.import_module(name) for name in ("learning", "medium", "rally", "promises", "scale", "speed")
 )
 Task = learning.Task
 
@@ -172,3 +172,17 @@ def test_scale_is_drawn_as_far_as_it_is_measured(tmp_path):
     row = {"curve": "environments", "script": "ppo", "steps_per_second": "900", "memory_mb": "360"}
     scale.draw([row | {"x": "1"}, row | {"x": "4"}], tmp_path / "scale.png")
     assert (tmp_path / "scale.png").stat().st_size > 5000
+
+
+def test_scale_counts_the_second_half_of_a_training():
+    # a slow start, then 30 steps in 2 seconds, then 10 steps in 2
+    assert scale.speed([(0.0, 0), (100.0, 10), (102.0, 40), (104.0, 50)]) == 5
+    assert scale.speed([(0.0, 0), (100.0, 10), (102.0, 40)]) == 15
+
+
+def test_recordings_of_half_way_agents_are_judged_by_their_best_tenth():
+    returns = np.random.default_rng(1).permutation(np.arange(37.0))
+    assert medium.best_tenth(returns).tolist() == [34, 35, 36]
+    # decision transformer's paper: 67.6 on D4RL's hopper is a return of 2,180
+    assert medium.normalised("hopper/medium-v0", 2179.85) == pytest.approx(67.6, abs=0.01)
+    assert medium.row("hopper/medium-v0", "asked", 1, -20.27, 3.0)["normalised"] == 0

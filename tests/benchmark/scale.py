@@ -6,8 +6,9 @@
 Every point is a process of its own (or several at once, for runs side by side) that trains with the
 defaults of its script, one thread, and the sizes in the table below; there is no evaluation. A rollout of
 ppo_atari.py has 1,024 steps, however many environments share it; the other scripts keep their --num-steps,
-so their rollouts grow. Steps per second are those of the whole training, memory is the most that the process
-had at any time. For the replay memory it is what a full one adds to a process without.
+so their rollouts grow. Steps per second are those of the second half of the training: the first has the
+start of the environments in it, which is long for 256 games. Memory is the most that the process had at any
+time. For the replay memory it is what a full one adds to a process without.
 Writes results/scale.csv and figures/scale.png.
 """
 
@@ -18,6 +19,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +39,7 @@ class Curve:
     script: str
     flags: dict
     sizes: tuple[int, ...]
-    steps: int = 1  # at least so many, and at least two rollouts
+    steps: int = 1  # at least so many, and at least four rollouts
 
 
 CURVES = [
@@ -47,7 +49,7 @@ CURVES = [
     Curve("environments", "ppo_atari", {}, ENVIRONMENTS),
     Curve("threads", "dqn_atari", {"learning_starts": 100, "buffer_size": 10_000}, (1, 2), 2000),
     Curve("threads", "ppo_atari", {}, (1, 2)),
-    Curve("side by side", "ppo", {}, (1, 2, 4), 30_000),
+    Curve("side by side", "ppo", {}, (1, 2, 4), 60_000),
     Curve("side by side", "ppo_atari", {}, (1, 2, 4)),
     Curve("replay", "dqn_atari", {}, (1000, 10_000, 100_000, 300_000)),
 ]
@@ -64,7 +66,7 @@ def flags_of(curve: Curve, size: int) -> dict:
         flags["num_threads"] = size
     args = importlib.import_module(curve.script).Args(**flags)
     rollout = getattr(args, "num_steps", 1) * args.num_envs
-    return flags | {"total_timesteps": max(2 * rollout, curve.steps)}
+    return flags | {"total_timesteps": max(4 * rollout, curve.steps)}
 
 
 def peak() -> float:
@@ -81,16 +83,24 @@ def measure(curve: Curve, size: int, seed: int) -> dict:
         memory = module.ReplayMemory(size, 8)
         memory.frames.fill(1)  # untouched memory is not given yet
         return {"memory_mb": peak() - before}
-    saved = {}
+    moments = []  # (seconds, steps so far) at the start of each round of the training loop, and at its end
+    goes_on = module.Run.goes_on
 
-    def evaluate(args, run_dir, device) -> dict:
-        saved.update(module.load_checkpoint(run_dir))
-        return {}
+    def watched(run, steps: int) -> bool:
+        moments.append((time.perf_counter(), run.step))
+        return goes_on(run, steps)
 
-    module.evaluate = evaluate
+    module.Run.goes_on = watched
+    module.evaluate = lambda *_: {}
     with tempfile.TemporaryDirectory() as folder:
         module.train(module.Args(**flags_of(curve, size), seed=seed, run_dir=folder))
-    return {"steps_per_second": saved["global_step"] / saved["wall_time_s"], "memory_mb": peak()}
+    return {"steps_per_second": speed(moments), "memory_mb": peak()}
+
+
+def speed(moments: list[tuple[float, int]]) -> float:
+    """Steps per second from the middle one of these (seconds, steps) to the last one."""
+    (begin, before), (end, after) = moments[len(moments) // 2], moments[-1]
+    return (after - before) / (end - begin)
 
 
 def point(index: int, size: int) -> dict:
