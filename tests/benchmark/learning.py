@@ -61,6 +61,11 @@ class Task:
     note: str = ""  # for the table
     headline: str = ""  # what README's short table calls it; "" keeps it out of there
     in_figure: bool = True  # False: a row of the table only
+    fresh_seeds: int = 0  # of the second set; 0: as many as in the first one
+
+    def number(self, fresh: bool) -> int:
+        """Of seeds in the first or the second set."""
+        return (fresh and self.fresh_seeds) or self.seeds
 
     @property
     def command(self) -> str:
@@ -107,6 +112,10 @@ CHEETAH = (
     "--no-use-rms-prop --learning-rate 3e-4"
 )
 ROBOT = "--learning-rate 3e-4 --num-minibatches 32 --eval-episodes 20"
+ANT_BULLET = (
+    "--env-id AntBulletEnv-v0 --total-timesteps 2000000 --learning-rate 3e-4 --gae-lambda 0.9 "
+    "--eval-episodes 20"
+)
 ANT = "--env-id Ant-v5 --learning-rate 3e-4 --eval-episodes 20"
 BIPEDAL = (
     "--env-id BipedalWalker-v3 --total-timesteps 2000000 --num-envs 32 --num-steps 256 --num-minibatches 32 "
@@ -185,7 +194,7 @@ TITLES = {
     "Pong PLE": "REINFORCE plays Pong from numbers (PLE)",
     "Space Invaders": "DQN plays Space Invaders from pixels",
     "Atari Pong": "DQN plays Pong from pixels",
-    "AntBullet": "A2C teaches PyBullet's ant to walk",
+    "AntBullet": "PyBullet's ant learns to walk",
     "HalfCheetahBullet": "A2C teaches PyBullet's cheetah to run",
     "HalfCheetah": "A2C teaches MuJoCo's cheetah to run",
     "Pendulum": "A2C swings up a pendulum",
@@ -242,9 +251,31 @@ TASKS = [
         "Space Invaders orthogonal", "dqn_atari", "--ortho-init", 1, 200, "", "Space Invaders", "--ortho-init"
     ),
     Task("Atari Pong", "dqn_atari", ATARI_PONG, 1, 20.6, "RL Zoo, 10M steps"),
-    Task("AntBullet", "a2c_continuous", "", 3, 2443, "SB3, gSDE, 6 seeds", headline="a walking ant"),
+    Task(
+        "AntBullet",
+        "a2c_continuous",
+        "",
+        3,
+        2443,
+        "SB3, gSDE, 6 seeds",
+        "AntBullet",
+        "A2C (a2c_continuous)",
+        headline="a walking ant",
+    ),
+    Task(
+        "AntBullet PPO", "ppo_continuous", ANT_BULLET, 3, 2866, "RL Zoo", "AntBullet", "PPO (ppo_continuous)"
+    ),
     Task("HalfCheetahBullet", "a2c_continuous", BULLET_CHEETAH, 3, 2107, "RL Zoo", note=BULLET_NOTE),
-    Task("HalfCheetah", "a2c_continuous", CHEETAH, 3, 3041, "RL Zoo, v3", note="flags chosen on seeds 1, 2"),
+    Task(
+        "HalfCheetah",
+        "a2c_continuous",
+        CHEETAH,
+        3,
+        3041,
+        "RL Zoo, v3",
+        note="flags chosen on seeds 1, 2",
+        fresh_seeds=10,
+    ),
     Task("Pendulum", "a2c_continuous", PENDULUM, 3, -163, "RL Zoo"),
     Task("CartPole PPO", "ppo", "", 5, 500, "the maximum; RL Zoo", headline="CartPole"),
     Task("Acrobot", "ppo", ACROBOT, 3, -86.4, "CleanRL"),
@@ -537,7 +568,7 @@ def main(
     """
     chosen = [task for task in TASKS if tasks is None or task.name.startswith(tuple(tasks))]
     first = FRESH + 1 if fresh else 1
-    work = [(task, seed) for task in chosen for seed in range(first, first + task.seeds)]
+    work = [(task, seed) for task in chosen for seed in range(first, first + task.number(fresh))]
     runs_dir.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(jobs) as pool:
         done = pool.map(lambda pair: run(*pair, runs_dir.resolve()), work)
