@@ -1,23 +1,23 @@
 """Decision transformer: learn from recorded episodes to act so that a wished-for return comes true.
 
 Nothing is tried out: the data are given, good and bad episodes alike (offline reinforcement learning). A
-transformer, as language models are, reads an episode as a row of tokens, each step three: the return-to-go
-(all reward from here to the end), the state, the action. It learns to say the next action. Asked for a high
-return, it continues the row as good episodes went on; asked for a low one, as bad ones did.
+transformer, as language models are, reads an episode as a row of tokens (vectors), three for each step: the
+return-to-go (all reward from here to the end), the state, the action. It learns to say the next action. Asked
+for a high return, it continues the row as good episodes went on; asked for a low one, as bad ones did.
 
 Pseudo-code
     [A] data      episodes from --dataset, or from random play; the return-to-go of every step
     repeat until the budget is spent:
         [B] learn     draw windows of K steps, predict each action from all that came before it
-        [C] ask       now and then: play, with returns to ask for at the start
+        [C] ask       now and then: play, and ask at the start for each of the target returns
         [D] log       charts, progress bar; the episodic return is the plain sum of an episode's rewards
 
 Equations
     (1)  R_t = r_t + R_{t+1}                                 return-to-go, not discounted; 0 after the end
     (2)  …  R_{t−1} s_{t−1} a_{t−1}  R_t s_t a_t  …          the row of tokens
-    (3)  x   = LayerNorm(W u + b + e_t)                      u: R_t / deviation of R, s_t or a_t
+    (3)  x   = LayerNorm(W u + b + e_t)                      u: s_t, a_t or R_t / deviation of R
     (4)  y_i = Σ_j≤i softmax_j(q_i·k_j / √d) v_j             attention; q, k, v: linear in LayerNorm(x)
-    (5)  x   ← x + W y + b;  x ← x + MLP(LayerNorm(x))       a layer of the transformer, two residual steps
+    (5)  x   ← x + W y + b;  x ← x + MLP(LayerNorm(x))       a layer: both steps add to x (residual)
     (6)  z_t = W LayerNorm(x) + b at the token of s_t        it has seen R_t and s_t, and not a_t
     (7)  L   = −mean ln softmax(z_t)[a_t]                    discrete actions: cross-entropy
          L   = mean (tanh z_t − a_t)²                        continuous ones, bounds scaled to ±1
@@ -29,12 +29,12 @@ and of itself; the closer the match, the more of the value v_j it takes over. La
 inside the window, useless steps fill the rest: they come last, so no real token looks at them (padding).
 e_t, learned for each time step t, tells the three tokens of a step which step of the episode it is.
 
-Why should that find anything better than the data? Because it learns step by step. In the graph of
-envs/graph.py one walk may show the best way from A to B and another one that from B to the goal, each with
-detours elsewhere: asked for the shortest way from A, the transformer follows the first and then the second,
-along a path that no walk went (stitching). Nothing is estimated from a guess, as in Q-learning, and no
-policy gradient is needed: it is supervised learning. The price: if a high return was luck, asking for it does
-not bring it back, and asking for more finds no way with a piece that no episode shows.
+Why should that find anything better than the data? Because it learns step by step. In envs/graph.py, the
+default task, one follows arrows to a goal, at −1 a step. One walk in the data may show the best way from A to
+B, another that from B to the goal, each with detours elsewhere: asked at A for the highest return, the
+transformer follows the first and then the second, along a path that no walk went (stitching). Nothing is
+estimated from a guess, as in Q-learning, and no policy gradient is needed: it is supervised learning. The
+price: luck does not come back for being asked, and a way is not found if the data lack a piece of it.
 
 Behaviour cloning copies what the data do, good and bad: the same network without return tokens,
 --no-condition. The difference of the two results shows what asking for a return gains.
@@ -42,8 +42,8 @@ Behaviour cloning copies what the data do, good and bad: the same network withou
 Symbols
     s, a, r   state (observation), action, reward    K, B      context_length, batch_size
     R         return-to-go                           D, |A|    size of an observation, of an action
-    u, x      what a token says; as E numbers        E, d      width; of each head: E / num_heads
-    y         what it takes over from others         M, N, L   steps in the data, environments, tokens
+    u, x      what a token stands for; its numbers   E, d      width; numbers per head: E / num_heads
+    y         what it takes over, of all heads       M, N, L   steps in the data, environments, tokens
     z         logits, or tanh⁻¹ of the action        W, b      weights and bias, in each place their own
     e_t       learned for time step t                q, k, v   query, key, value of a token
 Departures from the paper: windows are filled up behind, not in front; the learning rate falls to 0; integer
@@ -97,7 +97,7 @@ class Args:
     random_episodes: int = 1000  # without a dataset: this many episodes of random play are the data
     # algorithm
     total_updates: int = 600  # budget: gradient steps
-    target_returns: list[float] = field(default_factory=list)  # to ask for, the first one counts; or the best
+    target_returns: list[float] = field(default_factory=list)  # asked for, at the end the first; none: best
     condition: bool = True  # off: no return tokens, which is behaviour cloning
     context_length: int = 4  # K, steps that the transformer sees
     batch_size: int = 64  # B, windows per gradient step
@@ -129,7 +129,7 @@ class Args:
 
 
 def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.vector.VectorEnv:
-    """N environments, stepped in turn in this process, that tell what a wish needs.
+    """N environments, stepped in turn in this process. Tell puts before each observation what (8) needs.
 
     SAME_STEP: the step that ends an episode also resets; info["final_obs"] is the observation before that.
     """
@@ -174,30 +174,30 @@ class Tell(gym.vector.VectorWrapper):
 
 
 class Layer(nn.Module):
-    """A layer of the transformer: every token looks back at the others, then digests what it saw."""
+    """A layer of the transformer: every token looks back at earlier ones, then digests what it saw."""
 
     def __init__(self, width: int, num_heads: int, dropout: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.look = nn.LayerNorm(width)
+        self.attention_norm = nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width)
-        self.take_over = nn.Linear(width, width)
-        self.think = nn.LayerNorm(width)
+        self.attention_out = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, L, E) -> (B, L, E), for L tokens in a row."""
         B, L, E = x.shape
-        qkv = self.query_key_value(self.look(x)).view(B, L, 3, self.num_heads, E // self.num_heads)
+        qkv = self.query_key_value(self.attention_norm(x)).view(B, L, 3, self.num_heads, E // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, d)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (4)
         y = y.transpose(1, 2).reshape(B, L, E)  # (B, heads, L, d) -> (B, L, E)
         # [Trick 4] Zeros at random places keep a network from learning its data by heart, which long training
-        # on little data leads to (https://jmlr.org/papers/v15/srivastava14a.html). Off: by default, what
-        # is rare must be remembered; try: --dropout 0.1
-        x = x + self.dropout(self.take_over(y))  # (5)
-        return x + self.dropout(self.mlp(self.think(x)))  # (5)
+        # on little data leads to (https://jmlr.org/papers/v15/srivastava14a.html). Off by default, for
+        # what is rare in the graph's walks must be remembered. Try: --dropout 0.1
+        x = x + self.dropout(self.attention_out(y))  # (5)
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))  # (5)
 
 
 class Agent(nn.Module):
@@ -233,7 +233,7 @@ class Agent(nn.Module):
         logits, or continuous actions within ±1.
         """
         B, K = steps.shape
-        time_step = self.embed_step(steps.clamp(max=self.last_step))  # (B, K, E); none is untrained
+        time_step = self.embed_step(steps.clamp(max=self.last_step))  # (B, K, E); later e_t are untrained
         tokens = [
             self.embed_obs((obs - self.obs_mean) * self.obs_scale) + time_step,
             self.embed_action(actions) + time_step,
@@ -288,8 +288,8 @@ class Player:
         self.steps[rows, now] = step.long()
         seen = int(now.max()) + 1
         windows = (self.to_go, self.obs, self.actions, self.steps)
-        z = self.agent(*(memory[rows, :seen] for memory in windows))  # (n, seen, |A|)
-        action = z[torch.arange(len(rows), device=rows.device), now]  # (n, |A|)
+        outputs = self.agent(*(memory[rows, :seen] for memory in windows))  # (n, seen, |A|)
+        action = outputs[torch.arange(len(rows), device=rows.device), now]  # (n, |A|)
         if self.agent.discrete:
             action = F.one_hot(action.argmax(-1), action.shape[-1]).to(action)
         self.actions[rows, now] = action
@@ -300,7 +300,7 @@ class Player:
 class Data:
     """All episodes, one behind the other, a row a step; hands out windows.
 
-    episodes: list of (obs (T, D), actions (T, |A|), rewards (T,)), T their own. After that the rows are
+    episodes: list of (obs (T, D), actions (T, |A|), rewards (T,)), each with its own T. Attributes:
     to_go (M,), obs (M, D), actions (M, |A|), steps (M,), and ends (M,), the first row of the next episode.
     """
 
@@ -315,11 +315,11 @@ class Data:
 
     def windows(self, batch_size: int, context_length: int):
         """B windows of K steps: (to_go, obs, actions, steps), each (B, K, …), and which are real, (B, K)."""
-        # Each step of the data is the first of a window with the same probability.
+        # Windows begin at any step; none begins before its episode, so first steps are seen less often.
         first = torch.randint(len(self.to_go), (batch_size, 1)).to(self.ends.device)  # (B, 1)
         rows = first + torch.arange(context_length, device=first.device)  # (B, K)
         real = rows < self.ends[first]
-        rows = rows.where(real, first)  # filled up behind: with what does not matter
+        rows = rows.where(real, first)  # behind the end any row will do: no real step sees it
         return (self.to_go[rows], self.obs[rows], self.actions[rows], self.steps[rows]), real
 
 
@@ -328,24 +328,24 @@ def to_go(rewards):
     return np.cumsum(rewards[::-1], dtype=np.float64)[::-1].copy()  # (1)
 
 
-def action_loss(z, actions, real, discrete):
-    """Equation (7), the mean over real steps. z, actions: (B, K, |A|), real: (B, K). Returns a scalar."""
+def action_loss(outputs, actions, real, discrete):
+    """Equation (7), mean over real steps. outputs, actions: (B, K, |A|), real: (B, K). Returns a scalar."""
     if discrete:
-        errors = -(actions * z.log_softmax(-1)).sum(-1)  # (7)
+        errors = -(actions * outputs.log_softmax(-1)).sum(-1)  # (7)
     else:
-        errors = ((z - actions) ** 2).mean(-1)  # (7)
+        errors = ((outputs - actions) ** 2).mean(-1)  # (7), outputs = tanh z
     return errors[real].mean()
 
 
-def action_error(z, actions, real, discrete):
+def action_error(outputs, actions, real, discrete):
     """Share of likeliest actions that are wrong, or the mean distance. Arguments: those of action_loss."""
     if discrete:
-        return (z.argmax(-1) != actions.argmax(-1))[real].float().mean()
-    return (z - actions).abs().mean(-1)[real].mean()
+        return (outputs.argmax(-1) != actions.argmax(-1))[real].float().mean()
+    return (outputs - actions).abs().mean(-1)[real].mean()
 
 
 def play(agent, envs, wishes, seeds, run):
-    """One episode in each environment, asked for the returns wishes, (N,). Gives returns, lengths, (N,)."""
+    """One episode in each environment, asked for the returns `wishes` (N,). Gives returns, lengths: (N,)."""
     player = Player(agent.eval(), wishes)
     obs, _ = envs.reset(seed=seeds)
     returns = np.zeros(envs.num_envs)
@@ -397,8 +397,8 @@ def train(args: Args) -> dict:
         # [B] learn
         windows, real = data.windows(args.batch_size, args.context_length)
         returns_to_go, obs, actions, steps = windows  # (B, K), (B, K, D), (B, K, |A|), (B, K)
-        z = agent(returns_to_go, obs, actions, steps)  # (B, K, |A|)
-        loss = action_loss(z, actions, real, agent.discrete)
+        outputs = agent(returns_to_go, obs, actions, steps)  # (B, K, |A|)
+        loss = action_loss(outputs, actions, real, agent.discrete)
         learning_rate = args.learning_rate
         if run.step < args.warmup_updates:
             # [Trick 1] Adam's first steps go by the sign of a few gradients, and a transformer forgets a bad
@@ -433,7 +433,7 @@ def train(args: Args) -> dict:
         # [D] log
         if charts or run.step % 50 == 0:
             run.log("charts", learning_rate=learning_rate, **charts)
-            error = action_error(z, actions, real, agent.discrete)
+            error = action_error(outputs, actions, real, agent.discrete)
             run.log("losses", action_loss=loss, action_error=error, grad_norm=grad_norm)
     envs.close()
     return run.finish(device)

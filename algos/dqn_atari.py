@@ -189,7 +189,7 @@ def fast_forward(network: nn.Sequential, frames: torch.Tensor, bf16: bool) -> to
         # Bytes to 0 … 1: dividing 8,192 weights is cheaper than 28,224 bytes of every stack.
         x = nn.functional.conv2d(x, network[0].weight / 255, network[0].bias, network[0].stride)
         x = network[1:-1](x)
-    # The values need more digits: after 2 the next bfloat16 is 2.016, and actions in Pong differ by 0.001.
+    # The last layer needs more digits: after 2 the next bfloat16 is 2.016; values in Pong differ by 0.001.
     return network[-1](x.float())
 
 

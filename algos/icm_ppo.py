@@ -4,7 +4,7 @@ Where chance does not find the task's reward, rnd_ppo.py pays for observations u
 older idea pays for events unlike those expected: a model, trained on the way, predicts the next observation
 from observation and action, and its error is the intrinsic reward:
     i_t = ‖ŝ_{t+1} − s_{t+1}‖²,  ŝ_{t+1} = model(s_t, a_t)
-Where the agent has been often, the model has learned what happens; it pays to go where it has not.
+Where the agent has been often, the model has learned what happens: curiosity pays for going elsewhere.
 
 What should the model predict? Features φ: numbers computed from an observation. --features chooses them:
     raw      the observation itself. Nothing is overlooked, but all of it counts alike, noise as much as
@@ -15,9 +15,10 @@ What should the model predict? Features φ: numbers computed from an observation
              φ(s_{t+1}) which action was taken, and its loss trains φ. So φ comes to hold what actions
              change, and the rest has no reason to enter. This is ICM, the intrinsic curiosity module.
 Each has its weakness. What chance decides is never predicted, however often it is seen: with raw or random
-features a noisy television pays for ever. Inverse features have no reason to keep noise that comes by itself,
-though at first they hold some of it; but if the agent has a remote control, the noise is an effect of its
-actions. They may also miss what matters but depends on no action. (tests/benchmark/noisy_tv.py tries all.)
+features a noisy television, pictures of pure chance, pays for ever. Inverse features have no reason to keep
+noise that comes by itself, though at first they hold some; but if the agent has a remote control, the noise
+is an effect of its actions. They may also miss what matters but depends on no action.
+(tests/benchmark/noisy_tv.py tries all.)
 
 Pseudo-code
     watch a random policy, to know the scale of the observations
@@ -41,7 +42,7 @@ Equations; those of rnd_ppo.py but for (9), (11) and (16)
     (11) e_t = mean_j (f_j(φ(x_t), a_t) − φ_j(x_{t+1}))²     error of f, the forward model; trains f
     (12) u_t = γ_I u_{t−1} + e_t                             past e, discounted: about as large as a return
     (13) i_t = e_t / deviation(u)                            intrinsic reward; its returns get deviation ≈ 1
-    (14) A   = c_E A^E + c_I A^I
+    (14) A   = c_E A^E + c_I A^I                             c_I falls to 0 in the first half: trick 11
     (15) m_t = β m_{t−1} + (1−β) s_t                         memory, a fading average; m_0 = s_0
     (16) L_g = −mean ln g(a_t | φ(x_t), φ(x_{t+1}))          loss of g, the inverse model; trains g and φ
 
@@ -57,12 +58,13 @@ Symbols
     x         normalised observation               c_V, c_H  vf_coef, ent_coef
     φ, j, F   features, one of them, their number  c_E, c_I  ext_coef, int_coef
     f, g      forward model, inverse model         m, β      memory, --memory: how slowly it fades
-    e, i, u   error, intrinsic reward, (12)
+    e, i, u   error, intrinsic reward, past errors
 Departures from the paper: its e trains φ, too; here, as in the large study, it does not, for features that
 never change are the easiest to predict. So each parameter learns from one of three losses only, L_g, mean e
 or PPO's, and (9) needs no coefficients for them: an Adam step hardly depends on the scale of its loss. φ sees
 one frame instead of four. PPO takes the place of A3C. Two values, returns across endings, the memory, and
 (13), by which the rewards of all three kinds of features have one size, come from rnd_ppo.py.
+Evaluation samples its actions, as in rnd_ppo.py, which says why.
 References: ICM https://arxiv.org/abs/1705.05363, the large study https://arxiv.org/abs/1808.04355
 
 Read first: rnd_ppo.py (it has the reasons for all that is only named here).
@@ -73,11 +75,12 @@ Run: python algos/icm_ppo.py
      python algos/icm_ppo.py --env-id envs.noisy_tv:NoisyTV-v0 --total-timesteps 143360 --num-envs 32 \\
          --num-minibatches 8 --update-epochs 2 --learning-rate 1e-3 --memory 0 --int-coef 1 --phi-scale 1 \\
          --int-fraction 0
-Expect: on Pyramids 1.78, 1.82 and 1.76 after 3M steps (seeds 1, 2, 3), in 19 minutes. DoorKey-8x8 ends at
-0.97 three times, MultiRoom-N4-S5 after two million at 0.74, 0.74 and 0.60. Before the noisy television (five
-seeds) raw features keep the agent at the screen for 76% of the time in the end, random ones for 54%, inverse
-ones, by the command above, for 25%, but with the remote control (NoisyTVRemote-v0) for 96%. Before a dark
-screen all three find the reward.
+Expect: on Pyramids a mean episodic return of 1.78, 1.82 and 1.76 after 3M steps (seeds 1, 2, 3), in 19
+minutes. DoorKey-8x8 ends at 0.97 three times, MultiRoom-N4-S5 after two million at 0.74, 0.74 and 0.60. In
+the maze with the noisy television, by the command above with each kind of --features (five seeds), the agent
+spends 76% of its time in the screen's room in the end with raw, 54% with random, 25% with inverse features,
+and 96% with these and the remote control (envs.noisy_tv:NoisyTVRemote-v0). With a dark screen all three find
+the reward.
 """
 
 import difflib
@@ -144,7 +147,7 @@ class Args:
     clip_rewards: bool = False  # [Trick 7] learn from the sign of the task's rewards
     memory: float = 0.97  # [Trick 8] β, how slowly the memory of vectors fades; 0 for no memory
     gumbel: bool = True  # [Trick 9] actions drawn with Gumbel noise, made once a rollout
-    phi_scale: float = 0.01  # [Trick 10] size of the first weights in the last layer of inverse features
+    phi_scale: float = 0.01  # [Trick 10] factor on the initial weights of the last layer of inverse φ
     int_fraction: float = 0.5  # [Trick 11] share of the budget within which c_I falls to 0; 0: it stays
     # run
     seed: int = 1  # the same seed gives the same numbers on the CPU
@@ -412,8 +415,8 @@ def train(args: Args) -> dict:
                 v_loss, int_v_loss = value_loss(new_values, b_returns[rows])
                 loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy(new_logits)  # (9)
                 if args.int_coef:
-                    # [Trick 6] Trained on all rows, the models would know a place before the policy can go
-                    # there again (RND's paper): they get a random share. Ablate: --predictor-share 1
+                    # [Trick 6] The more rows train the models, the sooner a place is dull. Each epoch takes a
+                    # random share, as RND's paper with many environments. Ablate: --predictor-share 1
                     some = rows[: int(args.predictor_share * minibatch_size)]
                     phi = agent.features(b_newest[some])
                     next_phi = agent.features(b_next_newest[some])
@@ -421,7 +424,7 @@ def train(args: Args) -> dict:
                     loss = loss + args.vf_coef * int_v_loss + forward_loss  # (9): L_V^I, mean e
                     if agent.inverse_model is not None:
                         inverse_loss = -log_prob(agent.guess(phi, next_phi), b_actions[some]).mean()  # (16)
-                        loss = loss + inverse_loss  # (9), the rest
+                        loss = loss + inverse_loss  # (9): L_g
                 optimizer.zero_grad()
                 loss.backward()
                 # [Trick 5] One odd minibatch must not throw the policy off (OpenAI's code); the models'

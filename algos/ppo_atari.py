@@ -1,8 +1,8 @@
 """PPO from pixels: Atari games, on one core of a CPU, on a GPU, or in many processes at once.
 
 The clipped objective is that of ppo.py, the games and the convolutions are those of dqn_atari.py. Policy and
-value share the network: what the screen shows matters to both. Started by torchrun, the same file trains in
-several processes, its ranks: each plays some of the games, and after each minibatch they average gradients.
+value share the network: what the screen shows matters to both. PyTorch's launcher torchrun starts the same
+file as several processes, ranks: each plays some of the games; after each minibatch they average gradients.
 
 Pseudo-code
     repeat until the budget is spent:
@@ -23,10 +23,11 @@ Equations: (1) to (9) are those of ppo.py
     (9)  L   = L_π + c_V L_V − c_H mean H
     (10) ∇L  = 1/P Σ_p ∇L_p                                  L_p: the loss of rank p on its own minibatch
 
-Why is (10) enough? L is a mean over rows. Over P minibatches of equal size it is the mean of their means, and
-the gradient of a mean is the mean of the gradients: P ranks take the step that one process would take with
-all their rows. Weights that were equal stay equal, since all take the same step. It holds only if no row's
-loss depends on the rows beside it; trick 3 breaks that, so its mean and deviation are those of all ranks.
+Why do averaged gradients, (10), suffice? L is a mean over rows, the steps of a minibatch. Over P minibatches
+of equal size it is the mean of their means, and the gradient of a mean is the mean of the gradients: P ranks
+take the step that one process would take with all their rows. Weights that were equal stay equal, since all
+take the same step. It holds only if no row's loss depends on the rows beside it; trick 3 breaks that, so its
+mean and deviation are those of all ranks.
 
 Why share the network? Seeing takes most of the work, and it is the same work for both. The price: policy and
 value pull at the same weights, and c_V says how hard the value may pull.
@@ -36,10 +37,10 @@ Symbols
     π, z      policy, its logits                   K, ε, B   update_epochs, clip_coef, this rank's minibatch
     V         value: expected discounted return    P, |A|    ranks, number of actions
     δ, A, R   TD error, advantage, target of V     γ, λ      gamma, gae_lambda; c_V, c_H: vf_coef, ent_coef
-Departures from the paper: the numbered tricks (each can be switched off), and after a time limit, where more
-could follow, (2) looks at the last frames before the reset. For Atari the paper has K = 3, c_V = 2 as (7) and
-(9) count it, an ε that falls to 0 along with the learning rate, and A3C's small network; here K = 4, c_V = ½,
-ε stays, the network is DQN's. Evaluation is greedy but for one random move in a hundred, as in dqn_atari.py.
+Departures from the paper: the numbered tricks except 2 (each can be switched off), and after a time limit,
+where more could follow, (2) looks at the last frames before the reset. For Atari the paper has K = 3, c_V = 2
+as (7) and (9) count it, an ε that falls to 0 along with the learning rate, and A3C's small network; here
+K = 4, c_V = ½, ε stays, the network is DQN's. Evaluation is greedy but for one random move in a hundred.
 References: PPO https://arxiv.org/abs/1707.06347, how to play and report Atari games
 https://arxiv.org/abs/1709.06009, averaging gradients over processes https://arxiv.org/abs/1706.02677
 
@@ -113,7 +114,7 @@ class Args:
     bf16: bool = True  # [Trick 6] compute in bfloat16, where the processor or the GPU has it
     clip_rewards: bool = True  # [Trick 7] learn from the sign of the reward
     episodic_life: bool = True  # [Trick 8] learn that nothing follows a lost life
-    adam_eps: float = 1e-5  # [Trick 9] Adam's ε, which keeps tiny gradients from making full steps
+    adam_eps: float = 1e-5  # [Trick 9] added to Adam's divisor: tiny gradients make no full steps
     # run
     seed: int = 1  # the same seed gives the same numbers on the CPU, with the same threads, bf16 and ranks
     cuda: bool = torch.cuda.is_available()  # use the GPU; on where there is one
@@ -201,7 +202,7 @@ def fast_forward(network: nn.Sequential, frames: torch.Tensor, bf16: bool) -> to
         # Bytes to 0 … 1: dividing 8,192 weights is cheaper than 28,224 bytes of every stack.
         x = nn.functional.conv2d(x, network[0].weight / 255, network[0].bias, network[0].stride)
         x = network[1:-1](x)
-    # The values need more digits: after 2 the next bfloat16 is 2.016, and actions in Pong differ by 0.001.
+    # The last layer needs more digits: after 2 the next bfloat16 is 2.016; values in Pong differ by 0.001.
     return network[-1](x.float())
 
 
@@ -321,14 +322,14 @@ def train(args: Args) -> dict:
     envs = make_envs(args, N)
     agent = make_agent(args, envs, device)
     parameters = list(agent.parameters())
-    # [Trick 9] Adam divides a gradient by its usual size plus ε. With PyTorch's ε of 1e-8 weights whose
-    # gradients are mere noise would move as fast as all others (OpenAI's code). Ablate: --adam-eps 1e-8
+    # [Trick 9] Adam divides a gradient by its usual size plus this. With PyTorch's 1e-8, weights whose
+    # gradients are nearly 0 would move as fast as all others (OpenAI's code). Ablate: --adam-eps 1e-8
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=args.adam_eps, fused=True)
     args = replace(args, bf16=agent.bf16)  # args.json shall say whether this device has bfloat16
     run = start_run(args, ranks, agent=agent, optimizer=optimizer)  # --resume fills these in
 
     num_actions = int(envs.single_action_space.n)
-    # What the network reads and says stays on its device: a frame goes there once, and as bytes.
+    # What the network reads and says stays on its device: a stack goes there once, and as bytes.
     obs = torch.zeros((T, N, 84, 84, STACK), dtype=torch.uint8, device=device)
     obs = obs.permute(0, 1, 4, 2, 3)  # (T, N, 4, 84, 84); in memory as convolutions like it, frames last
     logits = torch.zeros((T, N, num_actions), device=device)
@@ -388,7 +389,7 @@ def train(args: Args) -> dict:
         # [C] improve
         learning_rate = args.learning_rate
         if args.anneal_lr:
-            # [Trick 2] Ever smaller steps let the policy settle (OpenAI's code). Ablate: --no-anneal-lr
+            # [Trick 2] Ever smaller steps let the policy settle (the paper, table 5). Ablate: --no-anneal-lr
             learning_rate *= 1 - (run.step - args.batch_size) / args.total_timesteps
         optimizer.param_groups[0]["lr"] = learning_rate
         # The rows of all epochs go to the device at once: from here on nothing waits for it.
@@ -423,7 +424,7 @@ def train(args: Args) -> dict:
             "value_loss": v_loss.detach(),
             "entropy": mean_entropy.detach(),
             "grad_norm": grad_norm,
-            "approx_kl": (log_ratio.exp() - 1 - log_ratio).mean(),  # of KL(π_old ‖ π)
+            "approx_kl": (log_ratio.exp() - 1 - log_ratio).mean(),  # estimates KL(π_old ‖ π)
             "clip_fraction": ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean(),  # ρ outside (6)
             "explained_variance": 1 - b_advantages.var() / b_returns.var(),  # 1: V foretells all of R
         }

@@ -410,8 +410,8 @@ def train(args: Args) -> dict:
                 v_loss, int_v_loss = value_loss(new_values, b_returns[rows])
                 loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy(new_logits)  # (9)
                 if args.int_coef:
-                    # [Trick 6] Trained on all rows, the predictor would know a place before the policy can go
-                    # there again (the paper): it gets a random share. Ablate: --predictor-share 1
+                    # [Trick 6] The more rows train the predictor, the sooner a place is dull. An epoch takes
+                    # a random share, as the paper with many environments. Ablate: --predictor-share 1
                     distilled = rows[: int(args.predictor_share * minibatch_size)]
                     distill_loss = agent.novelty(b_next_obs[distilled]).mean()
                     loss = loss + args.vf_coef * int_v_loss + distill_loss  # (9), the rest: L_V^I, mean e

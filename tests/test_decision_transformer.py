@@ -78,7 +78,7 @@ def test_a_layer_against_plain_loops():
 
     for b in range(2):
         rows = x[b].numpy()
-        qkv = [linear(norm(row, layer.look), layer.query_key_value) for row in rows]
+        qkv = [linear(norm(row, layer.attention_norm), layer.query_key_value) for row in rows]
         for i in range(7):
             y = []
             for head in range(3):
@@ -87,8 +87,8 @@ def test_a_layer_against_plain_loops():
                 weights = np.array([math.exp(q @ qkv[j][12:24][part] / 2) for j in range(i + 1)])  # √d = 2
                 values = [qkv[j][24:][part] for j in range(i + 1)]
                 y.extend(sum(w * v for w, v in zip(weights / weights.sum(), values, strict=True)))
-            row = rows[i] + linear(np.array(y), layer.take_over)
-            hidden = linear(norm(row, layer.think), layer.mlp[0])
+            row = rows[i] + linear(np.array(y), layer.attention_out)
+            hidden = linear(norm(row, layer.mlp_norm), layer.mlp[0])
             row = row + linear(np.maximum(hidden, 0), layer.mlp[2])
             np.testing.assert_allclose(got[b, i].detach().numpy(), row, rtol=0, atol=1e-10)
 
