@@ -527,7 +527,8 @@ def start_run(args: Args, ranks: Ranks, agent: Agent, **parts) -> "Run | Followe
     """The training run, with one run folder for all ranks, and with rank 0's weights on all of them.
 
     If a process dies, `torchrun --max-restarts` starts all of them again, with the same command line. Then
-    the run goes on from the checkpoint in its own folder, if there is one.
+    the run goes on from the checkpoint in its own folder, if there is one. torchrun also restarts what was
+    refused because the folder holds another run: that one is older than this torchrun, and stays.
     """
     if not ranks.launched:
         return Run(args, budget=args.total_timesteps, agent=agent, **parts)
@@ -543,7 +544,8 @@ def start_run(args: Args, ranks: Ranks, agent: Agent, **parts) -> "Run | Followe
     restarts = [None] * ranks.count  # as each machine counts them: those that its own processes caused
     dist.all_gather_object(restarts, os.environ["TORCHELASTIC_RESTART_COUNT"])
     if set(restarts) != {"0"} and not resume and (Path(run_dir) / "checkpoint.pt").exists():
-        resume = run_dir
+        begun_at = (Path(run_dir) / "args.json").stat().st_mtime
+        resume = run_dir if begun_at > psutil.Process(os.getppid()).create_time() else None
     run_dir, resume = agree([run_dir, resume])
     args = replace(args, run_dir=run_dir, resume=resume)
     if ranks.rank == 0:
@@ -629,7 +631,8 @@ def check_settings(args: Args) -> None:
     if count > 1:
         check_ranks(args, count)
     rows = args.batch_size // count
-    largest = (psutil.virtual_memory().total - SPARE_MEMORY) // (STACK * 84 * 84)
+    here = int(os.environ["LOCAL_WORLD_SIZE"]) if count > 1 else 1  # processes that share this memory
+    largest = (psutil.virtual_memory().total - SPARE_MEMORY) // (here * STACK * 84 * 84)
     if rows > largest and not args.evaluate:
         gigabytes = rows * STACK * 84 * 84 / 1e9
         needed = f"{gigabytes:,.1f} GB for a rollout of {rows:,} steps are more than there is"
@@ -747,10 +750,15 @@ def check_args(args: Args) -> None:
     """End with one line and exit code 2 if a setting is out of range or the environment does not serve."""
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
+        about = Args.__dataclass_fields__[name].type  # tyro checks flags by it, but not args.json
+        kinds = getattr(about, "__args__", (about,))  # of int | None: int and None's; of list[int]: int
+        listed = getattr(about, "__origin__", None) is list
         for number in value if isinstance(value, list) else [value]:
+            fits = isinstance(value, list) == listed and isinstance(number, (*kinds, int))
             # Written so that NaN, which compares with nothing, is out of range too.
-            if number is not None and not (isinstance(number, int | float) and low <= number <= high):
-                fail(f"--{name.replace('_', '-')} {number} is not between {low:,} and {high:,}")
+            if not fits or number is not None and not low <= number <= high:
+                kind = "a whole number " if int in kinds else ""
+                fail(f"--{name.replace('_', '-')} {number} is not {kind}between {low:,} and {high:,}")
     for name, about in Args.__dataclass_fields__.items():  # words: tyro checks flags, but not args.json
         words = getattr(about.type, "__args__", ())
         if any(isinstance(word, str) for word in words) and getattr(args, name) not in words:

@@ -65,6 +65,8 @@ Run: python algos/ppo_continuous.py
      python algos/ppo_continuous.py --env-id Hopper-v5
      python algos/ppo_continuous.py --env-id Walker2d-v5 --learning-rate 3e-4 --num-minibatches 32
      python algos/ppo_continuous.py --env-id Ant-v5 --learning-rate 3e-4
+     python algos/ppo_continuous.py --env-id AntBulletEnv-v0 --total-timesteps 2000000 --learning-rate 3e-4 \\
+         --gae-lambda 0.9
      python algos/ppo_continuous.py --env-id BipedalWalker-v3 --total-timesteps 2000000 --num-envs 32 \\
          --num-steps 256 --num-minibatches 32 --gamma 0.999 --learning-rate 3e-4
      python algos/ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 50000 --num-envs 4 \\
@@ -588,9 +590,12 @@ def check_spaces(args: Args, envs: gym.vector.VectorEnv) -> None:
         fail(f"{args.env_id} has images, this script reads vectors: dqn_atari.py plays Atari games")
     if isinstance(obs_space, gym.spaces.Box) and isinstance(action_space, gym.spaces.Discrete):
         fail(f"{args.env_id} has discrete actions, this script has continuous ones: use ppo.py")
-    if not isinstance(obs_space, gym.spaces.Box) or not isinstance(action_space, gym.spaces.Box):
+    boxes = isinstance(obs_space, gym.spaces.Box) and isinstance(action_space, gym.spaces.Box)
+    if not boxes or not obs_space.shape or not np.issubdtype(action_space.dtype, np.floating):
         fail(f"no script handles {args.env_id} with observations {obs_space} and actions {action_space}")
-    if len(action_space.shape) != 1 or not action_space.is_bounded():
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(action_space.high - action_space.low).all()
+    if len(action_space.shape) != 1 or not finite:
         fail(f"{args.env_id} has actions {action_space}, this script needs one axis with finite bounds")
 
 
@@ -654,10 +659,15 @@ def check_args(args: Args) -> None:
     """End with one line and exit code 2 if a setting is out of range or the environment does not serve."""
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
+        about = Args.__dataclass_fields__[name].type  # tyro checks flags by it, but not args.json
+        kinds = getattr(about, "__args__", (about,))  # of int | None: int and None's; of list[int]: int
+        listed = getattr(about, "__origin__", None) is list
         for number in value if isinstance(value, list) else [value]:
+            fits = isinstance(value, list) == listed and isinstance(number, (*kinds, int))
             # Written so that NaN, which compares with nothing, is out of range too.
-            if number is not None and not (isinstance(number, int | float) and low <= number <= high):
-                fail(f"--{name.replace('_', '-')} {number} is not between {low:,} and {high:,}")
+            if not fits or number is not None and not low <= number <= high:
+                kind = "a whole number " if int in kinds else ""
+                fail(f"--{name.replace('_', '-')} {number} is not {kind}between {low:,} and {high:,}")
     for name, about in Args.__dataclass_fields__.items():  # words: tyro checks flags, but not args.json
         words = getattr(about.type, "__args__", ())
         if any(isinstance(word, str) for word in words) and getattr(args, name) not in words:

@@ -375,10 +375,16 @@ def read_command_line(defaults: Args) -> Args:
 def check_args(args: Args) -> None:
     """End with one line and exit code 2 if a setting is out of range or the environment does not serve."""
     for name, (low, high) in RANGES.items():
-        number = getattr(args, name)
-        # Written so that NaN, which compares with nothing, is out of range too.
-        if not (isinstance(number, int | float) and low <= number <= high):
-            fail(f"--{name.replace('_', '-')} {number} is not between {low:,} and {high:,}")
+        value = getattr(args, name)
+        about = Args.__dataclass_fields__[name].type  # tyro checks flags by it, but not args.json
+        kinds = getattr(about, "__args__", (about,))  # of int | None: int and None's; of list[int]: int
+        listed = getattr(about, "__origin__", None) is list
+        for number in value if isinstance(value, list) else [value]:
+            fits = isinstance(value, list) == listed and isinstance(number, (*kinds, int))
+            # Written so that NaN, which compares with nothing, is out of range too.
+            if not fits or number is not None and not low <= number <= high:
+                kind = "a whole number " if int in kinds else ""
+                fail(f"--{name.replace('_', '-')} {number} is not {kind}between {low:,} and {high:,}")
     check_settings(args)
     try:
         env = make_env(args)

@@ -423,7 +423,7 @@ def check_spaces(args: Args, envs: gym.vector.VectorEnv) -> None:
     if isinstance(action_space, gym.spaces.Box):
         fail(f"{args.env_id} has continuous actions: use a2c_continuous.py or ppo_continuous.py")
     discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
-    if not isinstance(obs_space, gym.spaces.Box) or not discrete:
+    if not isinstance(obs_space, gym.spaces.Box) or not obs_space.shape or not discrete:
         fail(f"no script handles {args.env_id} with observations {obs_space} and actions {action_space}")
 
 
@@ -485,10 +485,15 @@ def check_args(args: Args) -> None:
     """End with one line and exit code 2 if a setting is out of range or the environment does not serve."""
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
+        about = Args.__dataclass_fields__[name].type  # tyro checks flags by it, but not args.json
+        kinds = getattr(about, "__args__", (about,))  # of int | None: int and None's; of list[int]: int
+        listed = getattr(about, "__origin__", None) is list
         for number in value if isinstance(value, list) else [value]:
+            fits = isinstance(value, list) == listed and isinstance(number, (*kinds, int))
             # Written so that NaN, which compares with nothing, is out of range too.
-            if number is not None and not (isinstance(number, int | float) and low <= number <= high):
-                fail(f"--{name.replace('_', '-')} {number} is not between {low:,} and {high:,}")
+            if not fits or number is not None and not low <= number <= high:
+                kind = "a whole number " if int in kinds else ""
+                fail(f"--{name.replace('_', '-')} {number} is not {kind}between {low:,} and {high:,}")
     for name, about in Args.__dataclass_fields__.items():  # words: tyro checks flags, but not args.json
         words = getattr(about.type, "__args__", ())
         if any(isinstance(word, str) for word in words) and getattr(args, name) not in words:

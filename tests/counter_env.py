@@ -90,6 +90,14 @@ class ImageEnv(CounterEnv):
         self.observation_space = gym.spaces.Box(0, 255, (84, 84, 3), np.uint8)
 
 
+class PointEnv(CounterEnv):
+    """Observes one number, without an axis."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.observation_space = gym.spaces.Box(-1, 1, (), np.float32)
+
+
 for ending in ("terminated", "truncated", "both", "neither"):
     gym.register(f"Counter-{ending}-v0", entry_point="counter_env:CounterEnv", kwargs={"ending": ending})
 gym.register("Broken-v0", entry_point="counter_env:BrokenEnv")
@@ -99,3 +107,4 @@ gym.register("Dict-v0", entry_point="counter_env:DictEnv")
 gym.register("From1-v0", entry_point="counter_env:From1Env")
 gym.register("From1Box-v0", entry_point="counter_env:From1Env", kwargs={"vectors": True})
 gym.register("Image-v0", entry_point="counter_env:ImageEnv")
+gym.register("Point-v0", entry_point="counter_env:PointEnv")

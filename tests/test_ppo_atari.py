@@ -550,6 +550,12 @@ def test_a_restart_goes_on_in_its_own_folder_only(tiny, no_evaluation, monkeypat
     args = small("", run_dir=None, total_timesteps=160, **flags)
     in_ranks(trained(args, tiny), 2, tmp_path, codes=[2, 1])  # no restart: a run is never overwritten
     assert checkpoint(first)["global_step"] == 96
+    # torchrun starts again what was refused: a run that is older than torchrun is still somebody else's.
+    now = (first / "args.json").stat().st_mtime
+    os.utime(first / "args.json", (1e9, 1e9))
+    in_ranks(trained(args, tiny), 2, tmp_path, restarts=1, codes=[2, 1])
+    assert checkpoint(first)["global_step"] == 96
+    os.utime(first / "args.json", (now, now))
     in_ranks(trained(args, tiny), 2, tmp_path, restarts=1)
     assert checkpoint(first)["global_step"] == 160 and len(list((tmp_path / "runs").iterdir())) == 1
     # Killed before the first checkpoint: it begins anew; --run-dir is kept.
@@ -642,9 +648,14 @@ def test_target_return_of_all_ranks_stops_all(tiny, no_evaluation, charts, tmp_p
         ({"num_envs": 4}, 3, "do not divide among"),
         ({"num_envs": 4, "num_steps": 3}, 2, "6 steps per rollout of each of 2 processes"),
         ({"num_envs": 4, "num_minibatches": 32}, 2, "32 minibatches"),
+        ({"num_envs": 4, "num_steps": 300}, 2, "550 fit"),  # both share the memory of one machine
     ],
 )
 def test_what_ranks_cannot_share_is_one_line(flags, count, words, monkeypatch, tmp_path, capsys):
+    class Machine:
+        total = 2**30 + 1100 * 28_224  # the first for all else
+
+    monkeypatch.setattr(ppo_atari.psutil, "virtual_memory", Machine)
     for name, value in rank_environment(0, count, 1).items():
         monkeypatch.setenv(name, value)
     sizes = {"num_minibatches": 4, **flags}

@@ -138,7 +138,29 @@ class Plane(Aim):
         self.action_space = gym.spaces.Box(-1, 1, (2, 2), np.float32)
 
 
-for env in (Endings, Tally, Jackpot, Broken, Aim, Boundless, HalfBounded, Plane):
+class Whole(Aim):
+    """An action that is a whole number."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.action_space = gym.spaces.Box(-3, 3, (1,), np.int64)
+
+
+class Huge(Aim):
+    """Bounds whose distance is no float."""
+
+    bounds = (-3e38, 3e38)
+
+
+class Point(Aim):
+    """An observation without an axis."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.observation_space = gym.spaces.Box(-1, 1, (), np.float32)
+
+
+for env in (Endings, Tally, Jackpot, Broken, Aim, Boundless, HalfBounded, Plane, Whole, Huge, Point):
     gym.register(f"{env.__name__}PPOC-v0", entry_point=env)
 for ending in ("terminated", "truncated", "both", "neither"):
     gym.register(f"CounterPPOC-{ending}-v0", entry_point=CounterBox, kwargs={"ending": ending})
@@ -997,6 +1019,9 @@ def test_processes_of_environments_do_not_hear_ctrl_c(tmp_path):
 def test_spaces_that_do_not_serve(tmp_path, capfd):
     for env_id, words in {
         "CartPole-v1": "ppo.py",
+        "WholePPOC-v0": "no script handles",
+        "HugePPOC-v0": "finite bounds",
+        "PointPPOC-v0": "no script handles",
         "BoundlessPPOC-v0": "finite bounds",
         "HalfBoundedPPOC-v0": "finite bounds",
         "PlanePPOC-v0": "one axis",

@@ -1,5 +1,6 @@
 """What every script promises about its run folder, its endings and bad input, checked on the real thing."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -654,6 +655,39 @@ def test_bad_input_is_one_line_and_exit_code_2(name, tmp_path, monkeypatch, capf
     refused("--evaluate", tmp_path / "run")
     (tmp_path / "run" / "args.json").write_text("{")
     refused("--evaluate", tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_args_json_may_say_anything(name, capsys):
+    """tyro checks flags; a number of the wrong kind in args.json is one line all the same."""
+    module = importlib.import_module(name)
+
+    def refused(**changes) -> str:
+        with pytest.raises(SystemExit) as end:
+            module.check_args(dataclasses.replace(module.Args(), **changes))
+        message = capsys.readouterr().err
+        assert end.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
+        return message
+
+    for name_of_field, (low, high) in module.RANGES.items():
+        about = module.Args.__dataclass_fields__[name_of_field].type
+        wrong = ["1", {}, float("nan"), high + 1]
+        if getattr(about, "__origin__", None) is list:
+            wrong = [low, ["1"], [None], *([number] for number in wrong[2:])]
+        else:
+            wrong += [[low], *([low + 0.5] if float not in (about, *getattr(about, "__args__", ())) else [])]
+            wrong += [None] if about in (int, float) else []
+        for value in wrong:
+            assert f"--{name_of_field.replace('_', '-')} " in refused(**{name_of_field: value})
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_observation_without_an_axis_is_refused(name, capsys):
+    module = importlib.import_module(name)
+    with pytest.raises(SystemExit) as end:
+        module.check_args(dataclasses.replace(module.Args(), env_id="Point-v0"))
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and "Point-v0" in message and message.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

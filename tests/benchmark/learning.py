@@ -11,7 +11,8 @@ repeated, one that was killed is resumed, one that crashes leaves its error in R
 stops no other. A run folder of another command line is refused.
 
 A CSV has one row per point of a training curve (phase "training": the mean return of the episodes that ended
-since the last row) and one per finished run (phase "evaluation": what results.json holds).
+in a rollout, averaged over the rollouts since the last row) and one per finished run (phase "evaluation":
+what results.json holds).
 """
 
 import csv
@@ -363,12 +364,12 @@ TASKS = [
 def run(task: Task, seed: int, runs_dir: Path) -> str:
     """Train one seed, unless that is done; returns "" or what went wrong, in a line."""
     run_dir = runs_dir / task.name.replace(" ", "_") / f"seed{seed}"
-    if (run_dir / "results.json").exists():
-        return ""
     run_dir.mkdir(parents=True, exist_ok=True)
     command_file = run_dir / "command.txt"
     if command_file.exists() and command_file.read_text() != task.command:
         return f"{run_dir} was begun with other flags: delete it to run it again"
+    if (run_dir / "results.json").exists():
+        return ""
     command_file.write_text(task.command)
     saved = (run_dir / "checkpoint.pt").exists() or (run_dir / "q_table.npz").exists()
     start = ["-c", task.prelude] if task.prelude else [f"algos/{task.script}.py"]
@@ -403,7 +404,8 @@ def collect(task: Task, runs_dir: Path) -> None:
             step, mean = int(edges[b + 1]), points[bins == b, 1].mean()
             own.append([results["seed"], "training", step, f"{mean:.4g}", "", "", "", ""])
         row = [results["seed"], "evaluation", results["global_step"]]
-        row += [f"{results['mean_reward']:.4f}", f"{results['std_reward']:.4f}", results["eval_episodes"]]
+        # With digits enough that a mean which is never rounded up later was not rounded up here.
+        row += [f"{results['mean_reward']:.8f}", f"{results['std_reward']:.4f}", results["eval_episodes"]]
         own.append([*row, f"{results['wall_time_s'] / 60:.2f}", f"{results['steps_per_second']:.0f}"])
     (HERE / "results").mkdir(exist_ok=True)
     for fresh, own in rows.items():

@@ -54,7 +54,9 @@ def best_tenth(returns: np.ndarray) -> np.ndarray:
 
 
 def row(dataset: str, what: str, seed: int | str, mean: float, deviation: float, seconds: float = 0) -> dict:
-    values = (round(mean, 2), round(deviation, 2), round(normalised(dataset, mean), 1), round(seconds))
+    down = float(np.floor(100 * mean) / 100)  # never rounded up
+    score = float(np.floor(10 * normalised(dataset, mean)) / 10)
+    values = (down, round(float(deviation), 2), score, round(seconds))
     return dict(zip(COLUMNS, (dataset, what, seed, *values), strict=True))
 
 

@@ -2,14 +2,16 @@
 
 Run: python tests/benchmark/noisy_tv.py
 
-algos/envs/noisy_tv.py describes the maze: the television is one door away, the reward eight. To see what the
-noise does, the same maze is tried with a screen that stays dark. Every variant is trained with the same
-settings and five seeds. Each run adds its curve to results/noisy_tv.csv, and runs that
-are there already are not repeated; the picture goes to figures/noisy_tv.png.
+algos/envs/noisy_tv.py describes the maze: the television is one door away, the reward seven. To see what the
+noise does, the same maze is tried with a screen that stays dark. Every variant has five seeds and the same
+settings, but for two that VARIANTS gives the reasons for: no normalised advantages where there is no
+curiosity, another phi_scale for inverse features. Each run adds its curve to results/noisy_tv.csv, and runs
+that are there already are not repeated; the picture goes to figures/noisy_tv.png.
 
     watching   share of all steps that are spent in the room with the television
-    rooms      how many of the nine rooms an episode has seen, the mean over the episodes that ended
-    task       episodic return: 1 for an episode that arrived at the reward, 0 for others; the mean over those
+    rooms      how many of the nine rooms an episode has seen, the mean over the episodes that ended in a
+               rollout, and over the rollouts
+    task       episodic return: 1 for an episode that arrived at the reward, 0 for others; the same mean
 """
 
 import csv

@@ -71,7 +71,7 @@ def flags_of(curve: Curve, size: int) -> dict:
 
 def peak() -> float:
     """The most memory that this process had, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def measure(curve: Curve, size: int, seed: int) -> dict:

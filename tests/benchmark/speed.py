@@ -3,9 +3,10 @@
     python tests/benchmark/speed.py                    all, three rounds in turn; nothing else should run
     python tests/benchmark/speed.py --only "PPO CartPole" --rounds 5
 
-Where the time goes is sampled: every 2 ms a timer looks where the training loop is, and the time since its
-last look counts for that place (a long call into PyTorch is seen when it returns). Inside of an environment's
-`step` counts as environment, the rest of section [A] as acting, all other sections as learning.
+What is measured is the training loop alone, from its first round to its last, on one core. Where the time
+goes is sampled: every 2 ms a timer looks where the loop is, and the time since its last look counts for that
+place (a long call into PyTorch is seen when it returns). Inside of an environment's `step` counts as
+environment, the rest of section [A] as acting, all other sections as learning.
 Rounds alternate between this script and the peer, so that both see the same machine, and each round gives one
 ratio of the two. All numbers are medians over the rounds, ranges go from the lowest to the highest. The
 decision transformer's are updates per second; it has no environment while it learns.
@@ -15,6 +16,7 @@ Writes results/speed.csv and the table in RESULTS.md.
 import csv
 import importlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -75,13 +77,13 @@ CASES = {
     ),
     "DQN Space Invaders": Case(
         "dqn_atari",
-        {"total_timesteps": 2000, "learning_starts": 100, "buffer_size": 10_000},
+        {"total_timesteps": 2000, "learning_starts": 100, "buffer_size": 10_000, "double_q": False},
         "from stable_baselines3.common.env_util import make_atari_env\n"
         "from stable_baselines3.common.vec_env import VecFrameStack\n"
         "import ale_py\n"
-        "envs = VecFrameStack(make_atari_env('ALE/SpaceInvaders-v5', 1, env_kwargs=dict(frameskip=1)), 4)\n"
+        "envs = VecFrameStack(make_atari_env('ALE/SpaceInvaders-v5', 8, env_kwargs=dict(frameskip=1)), 4)\n"
         "model = DQN('CnnPolicy', envs, buffer_size=10_000, learning_starts=100, batch_size=32, "
-        "train_freq=4, target_update_interval=1000, device='cpu')",
+        "train_freq=1, gradient_steps=2, target_update_interval=1000, device='cpu')",
     ),
     "A2C Ant": Case("a2c_continuous", {"total_timesteps": 6000}, VEC + NORM + "model = " + A2C.format(ANT)),
     "A2C HalfCheetah": Case(
@@ -135,6 +137,7 @@ CASES = {
 
 def measure(name: str) -> None:
     """Train once in this process and print what was measured as JSON."""
+    stay_on_one_core()
     sys.path.insert(0, str(ALGOS))
     case = CASES[name]
     module = importlib.import_module(case.script)
@@ -160,15 +163,35 @@ def measure(name: str) -> None:
             here = sections[frame.f_lineno]
             counts["environment" if inside else "acting" if here == acting else "learning"] += seconds
 
+    moments = []  # (seconds, steps so far) whenever the loop asks whether it goes on
+    goes_on = module.Run.goes_on
+
+    def watched(run, size: int) -> bool:
+        nonlocal last
+        moments.append((time.perf_counter(), run.step))
+        if run.done() + size > run.budget:  # what begins and what ends a training is no part of the loop
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        elif len(moments) == 1:
+            last = time.perf_counter()
+            signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+        return goes_on(run, size)
+
+    module.Run.goes_on = watched
+    module.evaluate = lambda *_: {}
     with tempfile.TemporaryDirectory() as folder:
         args = module.Args(**case.flags, run_dir=folder, eval_episodes=1)
         signal.signal(signal.SIGALRM, look)
-        signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
-        speed = module.train(args)["steps_per_second"]
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        module.train(args)
+    (begun, before), (ended, after) = moments[0], moments[-1]
+    speed = (after - before) / (ended - begun)
     ceiling = None if case.script == "decision_transformer" else environment_alone(module, args)
     share = {part: counts[part] / sum(counts.values()) for part in ("environment", "acting", "learning")}
     print(json.dumps({"speed": speed, "ceiling": ceiling} | share))
+
+
+def stay_on_one_core() -> None:
+    """This process and the threads it will start, as those of the Atari emulator."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
 def environment_alone(module, args) -> float:
@@ -188,6 +211,7 @@ def environment_alone(module, args) -> float:
 
 def measure_peer(name: str) -> None:
     """Train Stable-Baselines3 once in this process and print its speed as JSON."""
+    stay_on_one_core()
     import stable_baselines3
     import torch
 
