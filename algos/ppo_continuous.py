@@ -74,8 +74,9 @@ Run: python algos/ppo_continuous.py
          --clip-coef 0.3 --log-std-init 0 --no-norm-obs
 Expect: episodic returns after 1M steps (seeds 1, 2, 3; --eval-episodes 20): MuJoCo's cheetah 5,620, 7,114,
 4,427, the one-legged hopper 3,336, 3,426, 3,227, the walker 2,333, 2,904, 4,493, the ant 2,227, 1,781, 2,110;
-each in 5 to 17 minutes on one core. BipedalWalker has 287, 305, 287 after 2M steps, in 16 to 21 minutes, the
-pendulum −148, −156, −163 after 50,000 steps, in 15 seconds.
+each in 8 to 44 minutes beside other runs. After 2M steps BipedalWalker has 287, 305, 287, in 16 to 21
+minutes, PyBullet's ant 3,155, 3,051, 2,999, in 24 to 32. The pendulum has −148, −156, −163 after 50,000
+steps, in 15 seconds.
 """
 
 import difflib
