@@ -149,7 +149,7 @@ def draw(rows: list[dict], path: Path) -> None:
         panel.set(xlabel=x_label, ylabel=y_label)
         if not panel.lines:  # not measured yet
             continue
-        panel.set(xscale="log", yscale="log")
+        panel.set(xscale="log", yscale="linear" if column == "memory_mb" and name != "replay" else "log")
         ticks = sorted({int(row["x"]) for row in rows if row["curve"] == name})
         panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
         panel.minorticks_off()
