@@ -48,10 +48,10 @@ Read first: ppo.py (the algorithm), dqn_atari.py (the games).
 New here: one network for policy and value, training in several processes.
 Run: python algos/ppo_atari.py --env-id ALE/Pong-v5
      torchrun --standalone --nproc-per-node 2 algos/ppo_atari.py --env-id ALE/Pong-v5
-Expect: 170 to 400 steps per second of one CPU core without bfloat16, so 2 to 5 hours for Pong's 3M steps; its
-score is not measured. A small pixel game, a test's own (tests/benchmark/rally.py), comes to a mean episodic
-return of 6.10 of at most 20 after 30,000 steps with --num-steps 32 --learning-rate 5e-4, still rising (seed
-1; 14.65 with seed 101, on which these flags were chosen).
+Expect: 170 steps per second on one CPU core without bfloat16, 400 on one with it: 2 to 5 hours for Pong's 3M,
+whose score is not measured. A small pixel game, a test's own (tests/benchmark/rally.py), comes to a mean
+episodic return of 6.10 of at most 20 after 30,000 steps with --num-steps 32 --learning-rate 5e-4, still
+rising (seed 1; 14.65 with seed 101, on which these flags were chosen).
 """
 
 import difflib

@@ -539,7 +539,9 @@ def contents(path: Path) -> dict:
         elif isinstance(value, list | tuple):
             todo += [(f"{name}/{key}", inner) for key, inner in enumerate(value)]
         else:
-            flat[name] = value.numpy() if isinstance(value, torch.Tensor) else value
+            if isinstance(value, torch.Tensor):  # NumPy has no bfloat16
+                value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+            flat[name] = value
     return flat
 
 

@@ -781,6 +781,7 @@ def test_a_strangers_module_is_not_imported(runs, tmp_path, monkeypatch, capfd):
 
 
 def test_a_crash_leaves_what_was_there(runs, tmp_path, monkeypatch, capfd):
+    run_dir = runs("q_learning")  # trained before anything is broken
     page = tmp_path / "page.html"
     page.write_text("the old page")
 
@@ -790,7 +791,7 @@ def test_a_crash_leaves_what_was_there(runs, tmp_path, monkeypatch, capfd):
         raise OSError("no space left")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    code, _, err = call(runs("q_learning"), "--out", page, monkeypatch=monkeypatch, capfd=capfd)
+    code, _, err = call(run_dir, "--out", page, monkeypatch=monkeypatch, capfd=capfd)
     assert code == 2 and "no space left" in err and len(err.splitlines()) == 1
     assert page.read_text() == "the old page" and list(tmp_path.iterdir()) == [page]
 
