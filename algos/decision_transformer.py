@@ -27,7 +27,8 @@ Attention, (4), is how a token looks back. Its query q_i is compared with the ke
 and of itself; the closer the match, the more of the value v_j it takes over. Later tokens are out of sight
 (causal): one pass over a window trains K predictions, none of which has seen its answer. If an episode ends
 inside the window, useless steps fill the rest: they come last, so no real token looks at them (padding).
-e_t, learned for each time step t, tells the three tokens of a step which step of the episode it is.
+e_t, learned for each time step t, tells the three tokens of a step which step of the episode it is. A head is
+one set of q, k, v. LayerNorm gives a token's numbers mean 0, deviation 1; the MLP has one hidden layer.
 
 Why should that find anything better than the data? Because it learns step by step. In envs/graph.py, the
 default task, one follows arrows to a goal, at −1 a step. One walk in the data may show the best way from A to
@@ -612,7 +613,10 @@ def check_spaces(args: Args, envs: gym.vector.VectorEnv) -> None:
     if isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) > 1:
         fail(f"{args.env_id} has images, this script reads vectors: dqn_atari.py plays Atari games")
     discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
-    bounded = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
+    bounded = isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating)
+    if bounded:
+        with np.errstate(over="ignore"):
+            bounded = np.isfinite(action_space.high - action_space.low).all()
     vectors = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
     integers = isinstance(obs_space, gym.spaces.Discrete) and obs_space.start == 0
     if not (vectors or integers) or not (discrete or bounded and len(action_space.shape) == 1):

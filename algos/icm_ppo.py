@@ -17,8 +17,7 @@ What should the model predict? Features φ: numbers computed from an observation
 Each has its weakness. What chance decides is never predicted, however often it is seen: with raw or random
 features a noisy television, pictures of pure chance, pays for ever. Inverse features have no reason to keep
 noise that comes by itself, though at first they hold some; but if the agent has a remote control, the noise
-is an effect of its actions. They may also miss what matters but depends on no action.
-(tests/benchmark/noisy_tv.py tries all.)
+is an effect of its actions. They may also miss what matters but depends on no action. README.md shows all.
 
 Pseudo-code
     watch a random policy, to know the scale of the observations
@@ -76,11 +75,7 @@ Run: python algos/icm_ppo.py
          --num-minibatches 8 --update-epochs 2 --learning-rate 1e-3 --memory 0 --int-coef 1 --phi-scale 1 \\
          --int-fraction 0
 Expect: on Pyramids a mean episodic return of 1.78, 1.82 and 1.76 after 3M steps (seeds 1, 2, 3), in 19
-minutes. DoorKey-8x8 ends at 0.97 three times, MultiRoom-N4-S5 after two million at 0.74, 0.74 and 0.60. In
-the maze with the noisy television, by the command above with each kind of --features (five seeds), the agent
-spends 76% of its time in the screen's room in the end with raw, 54% with random, 25% with inverse features,
-and 96% with these and the remote control (envs.noisy_tv:NoisyTVRemote-v0). With a dark screen all three find
-the reward.
+minutes. DoorKey-8x8 ends at 0.97 three times, MultiRoom-N4-S5 after two million at 0.74, 0.74 and 0.60.
 """
 
 import difflib

@@ -544,7 +544,11 @@ def start_run(args: Args, ranks: Ranks, agent: Agent, **parts) -> "Run | Followe
         run_dir = "runs/" + name.replace("/", "-").replace(":", "-")
     restarts = [None] * ranks.count  # as each machine counts them: those that its own processes caused
     dist.all_gather_object(restarts, os.environ["TORCHELASTIC_RESTART_COUNT"])
-    if set(restarts) != {"0"} and not resume and (Path(run_dir) / "checkpoint.pt").exists():
+    if (
+        set(restarts) != {"0"}
+        and not resume
+        and all((Path(run_dir) / name).exists() for name in ("args.json", "checkpoint.pt"))
+    ):
         begun_at = (Path(run_dir) / "args.json").stat().st_mtime
         resume = run_dir if begun_at > psutil.Process(os.getppid()).create_time() else None
     run_dir, resume = agree([run_dir, resume])

@@ -772,3 +772,13 @@ def test_it_learns_ways_and_does_as_it_is_asked(tmp_path):
     print(result["mean_reward"], cloned["mean_reward"])
     assert result["mean_reward"] > -7.5
     assert cloned["mean_reward"] < result["mean_reward"] - 2
+
+
+@pytest.mark.parametrize("bounds", [(-3, 3, np.int64), (-3e38, 3e38, np.float32), (0, np.inf, np.float32)])
+def test_actions_that_are_whole_or_have_no_finite_span_are_refused(bounds, capsys):
+    low, high, kind = bounds
+    space = gym.spaces.Box(low, high, (2,), kind)
+    envs = SimpleNamespace(env=dt.make_envs(dt.Args(env_id="CartPole-v1"), 1).env, single_action_space=space)
+    with pytest.raises(SystemExit) as end:
+        dt.check_spaces(dt.Args(env_id="CartPole-v1"), envs)
+    assert end.value.code == 2 and "no script handles" in capsys.readouterr().err
