@@ -166,6 +166,34 @@ def test_speeds_are_ratios_of_pairs(monkeypatch, capsys):
     assert last == "| case | 1,234,567 | range | 999 | 70% | 1,000 | sb3_range | 1.53 | ratio_range |"
 
 
+@pytest.mark.parametrize("name", ["Q-learning FrozenLake", "PPO CartPole"])
+def test_speed_is_that_of_the_loop_and_its_parts_are_shares(name, monkeypatch):
+    """In a process of its own, as the benchmark does it: a table's script, and one with a network."""
+    flags = {"total_episodes": 300} if name.startswith("Q") else {"total_timesteps": 4096}
+    code = f"""
+import importlib, sys, time
+sys.path[:0] = [{str(speed.HERE)!r}]
+import speed
+speed.CASES[{name!r}].flags.update({flags})
+sys.path[:0] = [str(speed.ALGOS)]
+module = importlib.import_module(speed.CASES[{name!r}].script)
+save = module.Run.save
+def slow_to_save(run):
+    time.sleep(3 if run.step > 4000 or run.episodes == 300 else 0)
+    save(run)
+module.Run.save = slow_to_save
+speed.measure({name!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = json.loads(done.stdout.splitlines()[-1]), done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    shares = [result[part] for part in ("environment", "acting", "learning")]
+    assert sum(shares) == pytest.approx(1) and result["environment"] > 0.1 and result["learning"] < 0.9
+    assert 0 < result["speed"] < result["ceiling"]
+    # The save that ends a training is no part of the loop: with its 3 seconds these would be some 1,000.
+    assert result["speed"] > 2000
+
+
 @pytest.mark.filterwarnings("error")
 def test_scale_is_drawn_as_far_as_it_is_measured(tmp_path):
     row = {"curve": "environments", "script": "ppo", "steps_per_second": "900", "memory_mb": "360"}

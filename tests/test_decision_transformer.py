@@ -6,6 +6,7 @@ import math
 import signal
 import sys
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import counter_env  # registers the Counter environments
@@ -722,6 +723,37 @@ def test_what_never_changes_is_hidden(tmp_path, monkeypatch):
         settings = TINY | {"total_updates": 1, "warmup_updates": 0, "env_id": "CartPole-v1"}
         dt.train(Args(**settings, norm_obs=norm_obs, run_dir=str(run_dir)))
         assert weights(run_dir)["agent"]["obs_scale"].tolist() == want
+
+
+def test_layers_in_bfloat16_keep_their_sums_in_float32():
+    windows = random_windows(6, 4)
+    whole, half = agent_of(width=48), agent_of(width=48, bf16=True)
+    sums = []
+    half.layers[0].register_forward_hook(lambda _, inputs, output: sums.extend((*inputs, output)))
+    inner = []
+    half.layers[1].mlp.register_forward_hook(lambda _, inputs, output: inner.append(output))
+    z, rounded = whole(*windows), half(*windows)
+    assert {x.dtype for x in sums} == {rounded.dtype} == {torch.float32}
+    assert inner[0].dtype == torch.bfloat16
+    error = (z - rounded).abs().max() / z.std()
+    assert 0 < error < 0.05  # 2 to 3 decimal digits
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_bf16_is_what_the_device_has(tmp_path, monkeypatch, has_it):
+    """args.json says what was computed; another device goes on, and evaluates, as it can."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_it})
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not has_it)
+    assert [dt.has_bf16(torch.device(name)) for name in ("cpu", "cuda")] == [has_it, not has_it]
+    settings = TINY | {"total_updates": 3, "warmup_updates": 1, "run_dir": str(tmp_path / "run")}
+    dt.train(Args(**settings, bf16=True))
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["bf16"] is has_it
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    args = Args(**settings, bf16=has_it)
+    envs = dt.make_envs(args, 1)
+    assert not dt.make_agent(args, envs, torch.device("cpu")).bf16
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert not dt.make_agent(replace(args, bf16=False), envs, torch.device("cpu")).bf16
 
 
 def test_each_wish_has_its_chart(tmp_path):

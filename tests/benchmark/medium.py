@@ -19,6 +19,7 @@ All figures go to results/medium.csv, and a table of them is printed:
     data        mean return of all episodes of the dataset; best tenth: of its best episodes
     asked       decision_transformer.py, asked for TARGETS, seeds 1, 2, 3: mean of 40 episodes each
     cloned      the same with --no-condition, which is behaviour cloning
+    asked, bf16 asked, with --bf16: as good, and sooner done
     normalised  0 for random play, 100 for D4RL's expert, https://arxiv.org/abs/2004.07219
 """
 
@@ -68,7 +69,7 @@ def measure(dataset: str, seed: int, condition: bool, **settings) -> dict:
             given["target_returns"] = [TARGETS[dataset]]
         started = time.process_time()
         results = dt.train(dt.Args(seed=seed, **given))
-    what = "asked" if condition else "cloned"
+    what = ("asked" if condition else "cloned") + (", bf16" if settings.get("bf16") else "")
     seconds = time.process_time() - started
     return row(dataset, what, seed, results["mean_reward"], results["std_reward"], seconds)
 
@@ -82,8 +83,8 @@ def main() -> None:
             rows.append(row(dataset, what, "", some.mean(), some.std()))
             print(rows[-1], flush=True)
         for seed in SEEDS:
-            for condition in (True, False):
-                rows.append(measure(dataset, seed, condition))
+            for condition, bf16 in ((True, False), (False, False), (True, True)):
+                rows.append(measure(dataset, seed, condition, bf16=bf16))
                 print(rows[-1], flush=True)
         with open(HERE / "results" / "medium.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)

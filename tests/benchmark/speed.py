@@ -148,7 +148,7 @@ def measure(name: str) -> None:
             section = banner[1]
         sections[number] = section
     acting = "B" if case.script in ("q_learning", "sarsa") else "A"
-    counts = Counter()
+    counts = seen = Counter()  # seconds, by place
     last = time.perf_counter()
 
     def look(_, frame) -> None:
@@ -167,14 +167,16 @@ def measure(name: str) -> None:
     goes_on = module.Run.goes_on
 
     def watched(run, size: int) -> bool:
-        nonlocal last
+        nonlocal last, seen
         moments.append((time.perf_counter(), run.step))
-        if run.done() + size > run.budget:  # what begins and what ends a training is no part of the loop
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        elif len(moments) == 1:
+        seen = counts.copy()  # what ends a training is no part of the loop
+        if len(moments) == 1:
             last = time.perf_counter()
             signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
-        return goes_on(run, size)
+        goes = goes_on(run, size)
+        if not goes:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        return goes
 
     module.Run.goes_on = watched
     module.evaluate = lambda *_: {}
@@ -185,7 +187,7 @@ def measure(name: str) -> None:
     (begun, before), (ended, after) = moments[0], moments[-1]
     speed = (after - before) / (ended - begun)
     ceiling = None if case.script == "decision_transformer" else environment_alone(module, args)
-    share = {part: counts[part] / sum(counts.values()) for part in ("environment", "acting", "learning")}
+    share = {part: seen[part] / sum(seen.values()) for part in ("environment", "acting", "learning")}
     print(json.dumps({"speed": speed, "ceiling": ceiling} | share))
 
 
