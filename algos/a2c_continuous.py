@@ -1,4 +1,4 @@
-"""Advantage actor-critic (A2C): learn at once from what just happened, judged by a critic; for robots.
+r"""Advantage actor-critic (A2C): learn at once from what just happened, judged by a critic; for robots.
 
 REINFORCE waits for the end of an episode and credits each action with all the reward that followed. A2C stops
 after T steps: a second network, the critic, estimates the reward still to come in place of the rest of the
@@ -61,7 +61,7 @@ Lacking beside ppo.py: nothing keeps a step from going too far, so each batch se
 Run: python algos/a2c_continuous.py
 Expect: PyBullet's ant, the default, has episodic returns of 2,279, 2,398 and 2,499 (seeds 1, 2, 3) after 2M
 steps, 33 minutes. MuJoCo's cheetah, 1.6 minutes, wants other settings; 4,418, 5,192, 1,662 after 1M steps:
-    python algos/a2c_continuous.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --no-use-sde \\
+    python algos/a2c_continuous.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --no-use-sde \
         --log-std-init -1 --gae-lambda 0.95 --no-use-rms-prop --learning-rate 3e-4
 The same flags serve HalfCheetahBulletEnv-v0, where seed 1 ended at 567 with the flags of the ant.
 """
@@ -163,7 +163,7 @@ class Noise(nn.Module):
     With gSDE, σ depends on the state: the policy can be sure of itself in one state and explore in another.
     Without, σ is one number for each part of an action: less to learn, and as much exploration everywhere.
     Both learn ln σ: it may be any number, exp(ln σ) is positive, and equal steps change σ by equal factors.
-    Equation (5) ignores that the steps of a rollout share their W.
+    Equation (5) ignores that the steps between two draws share their W.
     """
 
     def __init__(self, num_features: int, num_actions: int, log_std_init: float, use_sde: bool) -> None:
@@ -173,7 +173,7 @@ class Noise(nn.Module):
         self.log_std = nn.Parameter(torch.full((rows, num_actions), log_std_init))  # ln σ_ij
 
     def draw(self, num_steps: int, num_envs: int) -> np.ndarray:
-        """Random matrices, (T, N, |φ|, |A|): one for each environment, and without gSDE for each step."""
+        """Random W, (T, N, |φ|, |A|). With gSDE all T steps share one; without, each has its own, |φ| = 1."""
         different = 1 if self.use_sde else num_steps
         std = self.log_std.detach().exp().cpu()
         W = torch.randn(different, num_envs, *self.log_std.shape) * std

@@ -1,4 +1,4 @@
-"""Deep Q-learning (DQN): a network in place of the table learns what every action is worth.
+r"""Deep Q-learning (DQN): a network in place of the table learns what every action is worth.
 
 Q-learning with a network in place of a table chases its own tail: steps in a row are nearly the same, and
 each correction moves the very values that it is computed from. Three stabilisers hold it: a replay memory
@@ -56,9 +56,9 @@ replay memory https://doi.org/10.1007/BF00992699; for (7) see RunningNorm, below
 Read first: q_learning.py (the same equations with a table).
 New here: a network in place of the table, the replay memory, the fixed target.
 Run: python algos/dqn.py
-     python algos/dqn.py --env-id LunarLander-v3 --total-timesteps 400000 --gamma 0.99 --initial-value 0 \\
+     python algos/dqn.py --env-id LunarLander-v3 --total-timesteps 400000 --gamma 0.99 --initial-value 0 \
          --learning-rate 1e-3 --end-e 0.05 --buffer-size 100000 --batch-size 128 --gradient-steps 2
-     python algos/dqn.py --env-id Acrobot-v1 --total-timesteps 200000 --gamma 0.99 --initial-value 0 \\
+     python algos/dqn.py --env-id Acrobot-v1 --total-timesteps 200000 --gamma 0.99 --initial-value 0 \
          --learning-rate 1e-3 --end-e 0.05 --exploration-fraction 0.2 --buffer-size 50000
 Expect: CartPole 500, the most, with seeds 1 to 7 (425.82 with seed 101), in about a minute. Seeds 1, 2, 3:
 LunarLander 271.32, 244.54, 261.70 in ten minutes, Acrobot −77.24, −79.71, −77.45 in four, MountainCar with

@@ -1,4 +1,4 @@
-"""Deep Q-learning (DQN) on Atari: a network reads the screen and learns what every action is worth.
+r"""Deep Q-learning (DQN) on Atari: a network reads the screen and learns what every action is worth.
 
 The algorithm is that of dqn.py: Q-learning with a replay memory, a fixed Q-target and double Q. New is what
 images ask for. A screen becomes an observation: small, grey, four frames together. The network finds things
@@ -41,7 +41,7 @@ how to play and report Atari games https://arxiv.org/abs/1709.06009
 Read first: dqn.py (why these equations, what each of its three stabilisers is for).
 New here: frames as observations, convolutions, a memory of frames, clipped rewards, lost lives.
 Run: python algos/dqn_atari.py --env-id ALE/SpaceInvaders-v5
-     python algos/dqn_atari.py --env-id ALE/Pong-v5 --ortho-init --total-timesteps 800000 \\
+     python algos/dqn_atari.py --env-id ALE/Pong-v5 --ortho-init --total-timesteps 800000 \
          --learning-starts 10000 --learning-rate 2e-4
 Expect: in Space Invaders an episodic return (sum of a game's rewards, undiscounted) of 707.5, 608.0 or 697.5
 (seeds 1, 2, 3) after a million steps, 65 minutes on one core of a CPU; random play has 150. In Pong 19.9

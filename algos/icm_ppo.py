@@ -1,4 +1,4 @@
-"""Curiosity by next-state prediction (ICM) on top of PPO: a reward for what the agent did not expect.
+r"""Curiosity by next-state prediction (ICM) on top of PPO: a reward for what the agent did not expect.
 
 Where chance does not find the task's reward, rnd_ppo.py pays for observations unlike those seen before. An
 older idea pays for events unlike those expected: a model, trained on the way, predicts the next observation
@@ -71,8 +71,8 @@ New here: features, forward and inverse model. The functions of earlier scripts 
 Run: python algos/icm_ppo.py
      python algos/icm_ppo.py --features raw  # also: random
      python algos/icm_ppo.py --env-id MiniGrid-DoorKey-8x8-v0 --total-timesteps 1000000
-     python algos/icm_ppo.py --env-id envs.noisy_tv:NoisyTV-v0 --total-timesteps 143360 --num-envs 32 \\
-         --num-minibatches 8 --update-epochs 2 --learning-rate 1e-3 --memory 0 --int-coef 1 --phi-scale 1 \\
+     python algos/icm_ppo.py --env-id envs.noisy_tv:NoisyTV-v0 --total-timesteps 143360 --num-envs 32 \
+         --num-minibatches 8 --update-epochs 2 --learning-rate 1e-3 --memory 0 --int-coef 1 --phi-scale 1 \
          --int-fraction 0
 Expect: on Pyramids a mean episodic return of 1.78, 1.82 and 1.76 after 3M steps (seeds 1, 2, 3), in 19
 minutes. DoorKey-8x8 ends at 0.97 three times, MultiRoom-N4-S5 after two million at 0.74, 0.74 and 0.60.

@@ -21,7 +21,7 @@ Equations
     (8)  H   = −Σ_a π(a|s) ln π(a|s)                         entropy: how open the choice is; ln: in nats
     (9)  L   = L_π + c_V L_V − c_H mean H
 
-Where (6) comes from. A policy gradient climbs L^PG = mean A ln π(a|s). The ratio ρ has ∇ρ = ρ ∇ln π and is 1
+Where (6) comes from. A policy gradient climbs mean A ln π(a|s). The ratio ρ has ∇ρ = ρ ∇ln π and is 1
 before the first step: there mean ρ A has the same gradient. After more steps it still estimates, from data of
 π_old, how good π is, but less and less well. TRPO, PPO's parent, maximises mean ρ A under a constraint: a
 distance of the policies, the Kullback-Leibler divergence KL(π_old ‖ π) = mean −ln ρ, is below a limit. That

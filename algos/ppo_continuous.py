@@ -1,4 +1,4 @@
-"""PPO with continuous actions: forces and angles instead of buttons, robots instead of poles.
+r"""PPO with continuous actions: forces and angles instead of buttons, robots instead of poles.
 
 Each action is drawn from a normal distribution, as in a2c_continuous.py. The policy is improved as in ppo.py:
 several epochs on each batch, with an objective that gains nothing once an action's density has moved too far.
@@ -24,7 +24,7 @@ Equations
     (10) ξ_j = Σ_i φ_i(s) W_ij,  W_ij ~ Normal(0, σ_ij²)     --use-sde (gSDE): noise made of features φ_i(s),
          so σ_j(s)² = Σ_i φ_i(s)² σ_ij²                      for part j of a; W is drawn, σ_ij is learned
     (11) mean ← mean + w Δ,   var ← (1−w) var + w var_new + w (1−w) Δ²,   Δ = mean_new − mean
-         running statistics of all s so far, for (s − mean) / √var. new: of one batch; w: its share in all
+         running statistics of all s so far, for (s − mean) / √var within ±10. new: of a batch; w: its share
     (12) ρ   = π(a|s) / π_old(a|s)                           π_old, the old policy, collected the rollout
 
 Densities. A single real number has probability 0: π(a|s) in (5) is a density, and may exceed 1. The ratio
@@ -36,9 +36,9 @@ With the clipped action it would be wrong: all samples beyond a bound would coun
 bound, which is not the probability of sampling a number beyond it.
 
 The deviation. What is learned is ln σ: it may be any number, e^(ln σ) is positive, and equal steps change σ
-by equal factors. By default σ is one number for each part of the action, in all states. With --use-sde it
-depends on the state, by (10): noise that is new in each step averages out before a heavy body has moved, but
-noise that is held for some steps moves it (more in class Noise).
+by equal factors. By default σ is one number for each part of the action, in all states. With --use-sde (10)
+makes σ depend on the state, and W is held for some steps: noise that is new in each step averages out before
+a heavy body has moved, held noise moves it (more in class Noise).
 
 Running statistics, (11), are a part of the policy: its weights have learned what (s − mean) / deviation is
 good for, with this mean and deviation. They are saved with the weights, and an evaluation does not change
@@ -65,12 +65,12 @@ Run: python algos/ppo_continuous.py
      python algos/ppo_continuous.py --env-id Hopper-v5
      python algos/ppo_continuous.py --env-id Walker2d-v5 --learning-rate 3e-4 --num-minibatches 32
      python algos/ppo_continuous.py --env-id Ant-v5 --learning-rate 3e-4
-     python algos/ppo_continuous.py --env-id AntBulletEnv-v0 --total-timesteps 2000000 --learning-rate 3e-4 \\
+     python algos/ppo_continuous.py --env-id AntBulletEnv-v0 --total-timesteps 2000000 --learning-rate 3e-4 \
          --gae-lambda 0.9
-     python algos/ppo_continuous.py --env-id BipedalWalker-v3 --total-timesteps 2000000 --num-envs 32 \\
+     python algos/ppo_continuous.py --env-id BipedalWalker-v3 --total-timesteps 2000000 --num-envs 32 \
          --num-steps 256 --num-minibatches 32 --gamma 0.999 --learning-rate 3e-4
-     python algos/ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 50000 --num-envs 4 \\
-         --num-steps 512 --num-minibatches 16 --learning-rate 2e-3 --gamma 0.95 --gae-lambda 0.85 \\
+     python algos/ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 50000 --num-envs 4 \
+         --num-steps 512 --num-minibatches 16 --learning-rate 2e-3 --gamma 0.95 --gae-lambda 0.85 \
          --clip-coef 0.3 --log-std-init 0 --no-norm-obs
 Expect: episodic returns after 1M steps (seeds 1, 2, 3; --eval-episodes 20): MuJoCo's cheetah 5,620, 7,114,
 4,427, the one-legged hopper 3,336, 3,426, 3,227, the walker 2,333, 2,904, 4,493, the ant 2,227, 1,781, 2,110;
@@ -183,7 +183,7 @@ class Noise(nn.Module):
     With gSDE, σ depends on the state: the policy can be sure of itself in one state and explore in another.
     Without, σ is one number for each part of an action: less to learn, and as much exploration everywhere.
     Both learn ln σ: it may be any number, exp(ln σ) is positive, and equal steps change σ by equal factors.
-    Equation (5) ignores that the steps of a rollout share their W.
+    Equation (5) ignores that the steps between two draws share their W.
     """
 
     def __init__(self, num_features: int, num_actions: int, log_std_init: float, use_sde: bool) -> None:
@@ -193,7 +193,7 @@ class Noise(nn.Module):
         self.log_std = nn.Parameter(torch.full((rows, num_actions), log_std_init))  # ln σ_ij
 
     def draw(self, num_steps: int, num_envs: int) -> np.ndarray:
-        """Random matrices, (T, N, |φ|, |A|): one for each environment, and without gSDE for each step."""
+        """Random W, (T, N, |φ|, |A|). With gSDE all T steps share one; without, each has its own, |φ| = 1."""
         different = 1 if self.use_sde else num_steps
         std = self.log_std.detach().exp().cpu()
         W = torch.randn(different, num_envs, *self.log_std.shape) * std
@@ -237,7 +237,7 @@ class Agent(nn.Module):
         self.noise = Noise(64, num_actions, args.log_std_init, args.use_sde)
         # [Trick 3] Angles, speeds and contacts come in different units; a network learns soonest from inputs
         # of one scale (https://arxiv.org/abs/2006.05990). Ablate: --no-norm-obs
-        limit = 10.0 if args.norm_obs else math.inf  # without updates norm_obs leaves x as it is
+        limit = 10.0 if args.norm_obs else math.inf  # without updates norm_obs changes nothing
         self.norm_obs = RunningNorm(obs_dim, limit=limit)  # (11), defined below
         self.norm_return = RunningNorm(1, limit=math.inf)  # for [Trick 4]
 
@@ -326,7 +326,7 @@ def train(args: Args) -> dict:
     rewards = np.zeros((T, N), dtype=np.float32)
     terminated = np.zeros((T, N), dtype=bool)
     truncated = np.zeros((T, N), dtype=bool)
-    earned = np.zeros(N)  # by each environment in its episode so far, discounted
+    earned = np.zeros(N)  # by each environment in its episode so far, older rewards discounted
     hold = args.sde_sample_freq if args.use_sde and args.sde_sample_freq > 0 else T
     # Environments cannot be saved: a resumed run starts new episodes (new seeds; 0: training, 1: evaluation).
     current_obs, _ = envs.reset(seed=env_seeds(N, args.seed, 0, run.step))

@@ -1,7 +1,7 @@
 """Q-learning: a table of what every action is worth in every state, learned by trying the actions.
 
-After each step the agent adds the reward that came to what the table says of the state that was reached, and
-moves the entry of its action a little towards this sum: it learns before the episode (one attempt) is over.
+After each step the agent takes the reward, adds the table's value of the next state (discounted), and moves
+the entry of its action a little towards this sum: it learns before the episode (one attempt) is over.
 
 On a frozen lake of 4 × 4 tiles, some of them holes, an agent in a state s (a tile) takes an action a (a
 direction). The environment answers with a reward r (1 at the goal, else 0) and the next state s'. Then the
@@ -117,7 +117,7 @@ class Args:
     # run
     seed: int = 1  # the same seed gives the same numbers
     eval_episodes: int = 100  # greedy episodes played after training
-    eval_seeds: str | None = None  # start seeds of evaluation, 16,54,165; default: drawn, Taxi the course's
+    eval_seeds: str | None = None  # start seeds of evaluation, as 16,54,165; default: drawn; Taxi: TAXI_SEEDS
     checkpoint_every: int = 100_000  # save at least every this many steps, or every episode
     run_dir: str | None = None  # folder of the run; by default runs/ENV__q_learning__seedS__TIME
     resume: str | None = None  # go on with the run in this folder

@@ -7,7 +7,7 @@ Pseudo-code
     repeat until the budget is spent:
         [A] collect   a rollout: fresh experience, here one complete episode from each of N environments
         [B] credit    every action with the rewards that followed it, less a baseline: what is usual
-        [C] improve   the policy by one step along its gradient; the value network learns the returns
+        [C] improve   the policy by one step along its gradient; with --baseline value V learns the returns
         [D] log       charts, progress bar; the episodic return is the plain sum of an episode's rewards
 
 Equations
@@ -39,10 +39,10 @@ The goal is the largest J = E[G_0] = Σ_τ p(τ) G_0(τ). In p(τ) only π has w
 a mean, which the episodes that are played estimate. With A = G_0, c_H = 0, ∇L is their estimate times −N/M.
 Any number c that is known before a_t is drawn can be added to G_0 in term t: the mean stays, since
     E[ c ∇ln π(a|s) ] = c Σ_a π(a|s) ∇π(a|s) / π(a|s) = c ∇ Σ_a π(a|s) = c ∇1 = 0.
-With c = −(discounted rewards before t), G_0 becomes γ^t G_t. c = −b_t is allowed, too, if b_t is made of s_t
-or of other episodes. Both only take chance out of ∇L. On CartPole, at an episodic return of 80–160, (7)
-is 17 with --no-reward-to-go --baseline none, 4.9 with --baseline none, 1.9 with value, 1.5 with batch
-(medians of 3 seeds, --no-normalize-returns; the curves: tests/benchmark/figures/reinforce_baselines.png).
+With c = −(discounted rewards before t), G_0 becomes γ^t G_t. c = −γ^t b_t is allowed, too, if b_t is made of
+s_t or of other episodes; (5) leaves γ^t out of both. They only take chance out of ∇L. On CartPole, at an
+episodic return of 80–160, (7) is 17 with --no-reward-to-go --baseline none, 4.9 with --baseline none, 1.9
+with value, 1.5 with batch (medians of 3 seeds, --no-normalize-returns; figures/reinforce_baselines.png).
 
 Symbols
     s, a, r   observation, action, reward             N, M      num_envs, steps of all N episodes together

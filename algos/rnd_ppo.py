@@ -1,4 +1,4 @@
-"""Random Network Distillation (RND) on top of PPO: curiosity finds the reward that chance does not.
+r"""Random Network Distillation (RND) on top of PPO: curiosity finds the reward that chance does not.
 
 Two problems come with rewards. They are sparse: where ten right decisions in a row earn the first one, an
 agent that learns from rewards alone learns nothing. And they are made by hand: hints along the way are work,
@@ -72,9 +72,9 @@ Run: python algos/rnd_ppo.py
      python algos/rnd_ppo.py --int-coef 0  # the same without curiosity
      python algos/rnd_ppo.py --env-id MiniGrid-DoorKey-8x8-v0 --total-timesteps 1000000
 The paper's own game, with the settings of the authors' code, is days of work for a GPU:
-     python algos/rnd_ppo.py --env-id ALE/MontezumaRevenge-v5 --clip-rewards --num-envs 128 --num-steps 128 \\
-         --num-minibatches 4 --learning-rate 1e-4 --no-anneal-lr --no-norm-adv --max-grad-norm 0 \\
-         --clip-coef 0.1 --gamma 0.999 --int-coef 1 --ent-coef 0.001 --vf-coef 1 --predictor-share 0.25 \\
+     python algos/rnd_ppo.py --env-id ALE/MontezumaRevenge-v5 --clip-rewards --num-envs 128 --num-steps 128 \
+         --num-minibatches 4 --learning-rate 1e-4 --no-anneal-lr --no-norm-adv --max-grad-norm 0 \
+         --clip-coef 0.1 --gamma 0.999 --int-coef 1 --ent-coef 0.001 --vf-coef 1 --predictor-share 0.25 \
          --init-steps 6400 --total-timesteps 500000000 --cuda
 Expect: on Pyramids a mean episodic return (the sum of an episode's rewards) of 1.79, 1.82 or 1.81 (seeds 1, 2
 and 3) after 3 million steps and about 6 minutes. An episode without gold has −1; Unity's benchmark is 1.75.

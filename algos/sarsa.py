@@ -1,4 +1,4 @@
-"""Sarsa: one equation for learning after every step, after n steps, or at the end of the episode.
+r"""Sarsa: one equation for learning after every step, after n steps, or at the end of the episode.
 
 Q-learning moves an entry of its table towards a sum: one reward plus a guess of all that follows. Two things
 can be chosen: how many rewards to wait for before the guess, and which policy's actions the guess is about.
@@ -61,7 +61,7 @@ TD(0) https://doi.org/10.1007/BF00115009, Expected Sarsa https://doi.org/10.1109
 Read first: q_learning.py (return, value, exploration, the Bellman equations).
 New here: Monte Carlo, n steps, bias and variance, on-policy, prediction.
 Run: python algos/sarsa.py
-     python algos/sarsa.py --env-id Blackjack-v1 --env-kwargs '{"sab": true}' --n-step 0 \\
+     python algos/sarsa.py --env-id Blackjack-v1 --env-kwargs '{"sab": true}' --n-step 0 \
          --total-episodes 500000 --learning-rate 0.1 --lr-visits 100
 Expect: an episodic return of −28 while learning (Expected Sarsa −21, Q-learning −50), after 2 seconds. In the
 evaluation, without random actions, −19; other seeds of 1 to 50 mostly −17, but 10 of them walk in a circle

@@ -1,6 +1,6 @@
-"""Record trained agents: plays episodes of run folders and writes them as a Minari dataset.
+r"""Record trained agents: plays episodes of run folders and writes them as a Minari dataset.
 
-    python algos/tools/collect.py RUN_DIR --dataset-id lunarlander/ppo-mixed-v0 \\
+    python algos/tools/collect.py RUN_DIR --dataset-id lunarlander/ppo-mixed-v0 \
         --episodes 500 --random-share 0 0.25 0.5 1
     python algos/decision_transformer.py --dataset lunarlander/ppo-mixed-v0
 

@@ -70,7 +70,8 @@ class Task:
 
     @property
     def command(self) -> str:
-        return " ".join(f"python algos/{self.script}.py {self.flags}".split())
+        start = f'python -c "{self.prelude}"' if self.prelude else f"python algos/{self.script}.py"
+        return " ".join(f"{start} {self.flags}".split())
 
 
 SLIPPERY = (
@@ -167,6 +168,10 @@ RALLY_FLAGS = (
     "--env-id ALE/Rally-v5 --ortho-init --total-timesteps 20000 --learning-starts 1000 --buffer-size 10000 "
     "--learning-rate 2.5e-4 --target-network-frequency 500 --exploration-fraction 0.3 --eval-episodes 40"
 )
+RALLY_PPO = (
+    "--env-id ALE/Rally-v5 --num-steps 32 --learning-rate 5e-4 --total-timesteps 100000 --eval-episodes 40"
+)
+BREAKOUT = "--env-id ALE/Breakout-v5 --total-timesteps 1600000"
 DQN_PARTS = {
     "all three": "",
     "no replay": " --buffer-size 32",
@@ -194,7 +199,9 @@ TITLES = {
     "Pixelcopter": "REINFORCE flies Pixelcopter",
     "Pong PLE": "REINFORCE plays Pong from numbers (PLE)",
     "Space Invaders": "DQN plays Space Invaders from pixels",
-    "Atari Pong": "DQN plays Pong from pixels",
+    "Atari Pong": "Pong from pixels",
+    "Atari Breakout PPO": "PPO plays Breakout from pixels",
+    "Rally PPO": "PPO on a small pixel game",
     "AntBullet": "PyBullet's ant learns to walk",
     "HalfCheetahBullet": "A2C teaches PyBullet's cheetah to run",
     "HalfCheetah": "A2C teaches MuJoCo's cheetah to run",
@@ -251,7 +258,29 @@ TASKS = [
     Task(
         "Space Invaders orthogonal", "dqn_atari", "--ortho-init", 1, 200, "", "Space Invaders", "--ortho-init"
     ),
-    Task("Atari Pong", "dqn_atari", ATARI_PONG, 1, 20.6, "RL Zoo, 10M steps"),
+    Task("Atari Pong", "dqn_atari", ATARI_PONG, 1, 20.6, "RL Zoo, 10M steps", label="DQN (dqn_atari)"),
+    Task(
+        "Atari Pong PPO",
+        "ppo_atari",
+        "--env-id ALE/Pong-v5",
+        1,
+        20.4,
+        "CleanRL, 10M steps",
+        "Atari Pong",
+        "PPO (ppo_atari)",
+        headline="Pong from pixels",
+    ),
+    Task("Atari Breakout PPO", "ppo_atari", BREAKOUT, 1, 398, "RL Zoo, 10M steps"),
+    Task(
+        "Rally PPO",
+        "ppo_atari",
+        RALLY_PPO,
+        3,
+        20,
+        "the maximum",
+        prelude=RALLY.replace("dqn_atari", "ppo_atari"),
+        note="a small game, tests/benchmark/rally.py",
+    ),
     Task(
         "AntBullet",
         "a2c_continuous",
@@ -491,7 +520,7 @@ def short_table() -> str:
         rows = read(task, "evaluation")
         if task.headline and len(rows):
             mean = down(rows[:, 2].mean(), digits_of(task))
-            seeds = f"{mean} ({len(rows)} seeds)"
+            seeds = f"{mean} ({len(rows)} seed{'s' * (len(rows) > 1)})"
             name = f"[{task.headline}](tests/benchmark/figures/{slug(task.figure or task.name)}.png)"
             script = f"[{task.script}](algos/{task.script}.py)"
             lines.append(f"| {name} | {script} | {seeds} | {task.mark:g}: {task.source} | {duration(rows)} |")
@@ -503,7 +532,9 @@ CHINESE = {
     r"task \| script \| mean over seeds \| reference \| time": "任务 | 脚本 | 各种子的均值 | 参考值 | 用时",
     r"\[a walking ant\]": "[行走的蚂蚁]",
     r"\[a cheetah\]": "[奔跑的猎豹]",
-    r" \((\d+) seeds\)": r"（\1 个种子）",
+    r"\[Pong from pixels\]": "[从像素玩 Pong]",
+    r", 10M steps": "，10M 步",
+    r" \((\d+) seeds?\)": r"（\1 个种子）",
     r", (\d+) seeds": r"，\1 个种子",
     r"(?<=\d): ": "：",
     "the optimum": "最优值",

@@ -1,17 +1,17 @@
-"""Two robots, learned from recordings of half-way agents: decision transformer, behaviour cloning, the data.
+r"""Two robots, learned from recordings of half-way agents: decision transformer, behaviour cloning, the data.
 
 Run: python tests/benchmark/medium.py
 
 It wants two datasets. Each is played by an agent that had a fifth of its usual training, with 0, 10, 20 and
 30% of its actions drawn at random:
 
-    python algos/ppo_continuous.py --env-id Hopper-v5 --total-timesteps 200000 --seed 102 \\
+    python algos/ppo_continuous.py --env-id Hopper-v5 --total-timesteps 200000 --seed 102 \
         --eval-episodes 20 --run-dir runs/hopper
-    python algos/tools/collect.py runs/hopper --dataset-id hopper/medium-v0 \\
+    python algos/tools/collect.py runs/hopper --dataset-id hopper/medium-v0 \
         --episodes 800 --random-share 0 0.1 0.2 0.3
-    python algos/ppo_continuous.py --env-id HalfCheetah-v5 --total-timesteps 200000 --seed 103 \\
+    python algos/ppo_continuous.py --env-id HalfCheetah-v5 --total-timesteps 200000 --seed 103 \
         --eval-episodes 20 --run-dir runs/cheetah
-    python algos/tools/collect.py runs/cheetah --dataset-id halfcheetah/medium-v0 \\
+    python algos/tools/collect.py runs/cheetah --dataset-id halfcheetah/medium-v0 \
         --episodes 400 --random-share 0 0.1 0.2 0.3
 
 All figures go to results/medium.csv, and a table of them is printed:
