@@ -523,9 +523,9 @@ def open_dataset(args: Args):
 def random_episodes(args: Args) -> list:
     """Episodes of random play, as `Data` takes them; possible actions only, where the info names them."""
     env = gym.make(args.env_id, **json.loads(args.env_kwargs or "{}"))
-    (seed,) = env_seeds(1, args.seed, 0, 0)
-    env.action_space.seed(seed)
-    obs, info = env.reset(seed=seed)
+    env_seed, action_seed = env_seeds(2, args.seed, 0, 0)  # one seed for both would tie actions to noise
+    env.action_space.seed(action_seed)
+    obs, info = env.reset(seed=env_seed)
     episodes = []
     for _ in tqdm(range(args.random_episodes), desc="random play", unit=" episodes", leave=False, delay=2):
         steps = []

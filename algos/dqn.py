@@ -110,7 +110,7 @@ class Args:
     train_frequency: int = 8  # F, steps between two phases of learning
     gradient_steps: int = 3  # M, minibatches in such a phase
     gamma: float = 0.995  # γ, what a reward one step later is worth
-    target_network_frequency: int = 1  # [Trick 2] steps between two renewals of the copy of the network
+    target_network_frequency: int = 1  # [Trick 2] steps between renewals of the copy, in whole minibatches
     tau: float = 0.02  # τ, share of the network that enters the copy then; 1: all of it
     double_q: bool = True  # [Trick 3] the network that learns chooses what its copy values
     initial_value: float = 100.0  # [Trick 4] Q before anything is learned

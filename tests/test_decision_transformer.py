@@ -372,6 +372,25 @@ def test_random_play_is_complete_possible_and_seeded():
     assert any(a[0].shape != b[0].shape or (a[0] != b[0]).any() for a, b in zip(episodes, other, strict=True))
 
 
+def test_random_actions_and_the_environment_have_seeds_of_their_own(monkeypatch):
+    """With one seed for both, the actions would be numbers that the environment drew, too: its noise."""
+    make = gym.make
+    drawn = []
+
+    def made(env_id):
+        env = make(env_id)
+        seed, reset = env.action_space.seed, env.reset
+        monkeypatch.setattr(env.action_space, "seed", lambda value: drawn.append(value) or seed(value))
+        monkeypatch.setattr(env, "reset", lambda seed=None: drawn.append(seed) or reset(seed=seed))
+        return env
+
+    monkeypatch.setattr(gym, "make", made)
+    dt.random_episodes(Args(env_id="Pendulum-v1", random_episodes=2, max_episode_steps=3))
+    actions, environment, *later = drawn
+    assert actions != environment and None not in (actions, environment)
+    assert set(later) == {None}, "later episodes go on with the same random numbers"
+
+
 def test_random_play_without_an_end_is_cut():
     args = Args(env_id="Counter-neither-v0", random_episodes=2, max_episode_steps=7)
     assert [len(rewards) for _, _, rewards in dt.random_episodes(args)] == [7, 7]

@@ -219,7 +219,7 @@ def test_what_exists_stays_unless_it_shall_go(runs, root, monkeypatch, capfd):
     assert call_with("--dataset-id", "lake/a-v0/c-v0")[0] == 2, "no dataset within a dataset"
 
 
-@pytest.mark.parametrize("when", ["play", "create", "move"])
+@pytest.mark.parametrize("when", ["play", "create", "move", "between"])
 def test_a_crash_leaves_no_half_dataset(when, runs, root, monkeypatch, capfd):
     arguments = (runs["q_learning"], "--dataset-id", "lake/a-v0", *FEW)
     assert call(*arguments, monkeypatch=monkeypatch, capfd=capfd)[0] == 0
@@ -238,9 +238,12 @@ def test_a_crash_leaves_no_half_dataset(when, runs, root, monkeypatch, capfd):
         rename = Path.rename
 
         def renamed(path, target):
-            if "replaced" not in str(target) and "replaced" not in str(path):
+            if when == "move" and "replaced" not in str(target) and "replaced" not in str(path):
                 raise OSError("disk gone")
-            return rename(path, target)
+            result = rename(path, target)
+            if when == "between" and "replaced" in str(target):
+                raise KeyboardInterrupt  # the old one is out of the way, the new one is not there yet
+            return result
 
         monkeypatch.setattr(Path, "rename", renamed)
     with pytest.raises((KeyboardInterrupt, OSError)):

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import copy_block
 import numpy as np
@@ -446,6 +448,21 @@ def test_settings_that_fail_on_a_fresh_seed_come_last(fake, tmp_path):
     assert " --y plain\n" in done.stdout and "-inf" in done.stdout
 
 
+def test_what_was_killed_too_often_is_no_failure_of_its_settings():
+    ranking = optuna.create_study(direction="maximize")
+    for finalist, value, error in ((3, 10.0, None), (3, None, None), (4, 20.0, None), (4, None, "a NaN")):
+        trial = ranking.ask()
+        trial.set_user_attr("finalist", finalist)
+        trial.set_user_attr("seed", 101 + trial.number)
+        if error:
+            trial.set_user_attr("error", error)
+        state = optuna.trial.TrialState.COMPLETE if value else optuna.trial.TrialState.FAIL
+        ranking.tell(trial, value, state=state)
+    finalists = [SimpleNamespace(number=number) for number in (3, 4, 5)]
+    assert tune.on_fresh_seeds(ranking, finalists) == {3: [10.0], 4: [20.0, -math.inf], 5: []}
+    assert tune.on_fresh_seeds(None, finalists) == {3: [], 4: [], 5: []}
+
+
 def test_a_trial_too_many_is_not_run(fake, tmp_path):
     """Two workers begin the last trial at once: the second one finds its number beyond the budget."""
     args = tune.Args(script=str(fake), study=str(tmp_path), trials=3)
@@ -544,6 +561,7 @@ def test_bad_input_is_one_line(fake, tmp_path, monkeypatch):
         "unrecognized arguments": [fake, *space, "--no-such-flag", "1"],
         "unrecognized arguments: --z": [fake, "--space", "z=uniform:0:1"],
         "it is none of": [fake, "--space", "x=normal:0:1"],
+        "has no budget": ["decision_transformer", "--space", "learning-rate=uniform:0:1"],
         "fixed and in --space": [fake, *space, "--x", "1"],
         "--run-dir is for single runs": [fake, *space, "--run-dir", "here"],
         "--trials 0": [fake, *space, "--trials", "0"],

@@ -193,12 +193,12 @@ def move_into_place(stage: Path, root: Path, target: Path, args: Args) -> None:
         if not (root / file.relative_to(stage)).exists():
             shutil.move(file, root / file.relative_to(stage))
     replaced = stage / "replaced"  # goes with the hidden folder
-    if target.exists() and args.overwrite:
-        target.rename(replaced)
     try:
+        if target.exists() and args.overwrite:
+            target.rename(replaced)
         (stage / args.dataset_id).rename(target)
-    except OSError:
-        if replaced.exists():
+    except BaseException:  # Ctrl-C, too
+        if replaced.exists() and not target.exists():
             replaced.rename(target)
         raise
 

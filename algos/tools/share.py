@@ -206,9 +206,9 @@ def copy_checkpoint(run: SharedRun, stage: Path, with_training_state: bool) -> i
 
 
 def for_training(name: str, part) -> bool:
-    """Whether an entry of checkpoint.pt serves --resume only: optimizers, target networks, random states."""
+    """Whether an entry of checkpoint.pt serves --resume only: optimizers, target networks, replay memory."""
     is_optimizer = isinstance(part, dict) and {"state", "param_groups"} <= part.keys()
-    return is_optimizer or name.startswith("target") or name in ("rng_state", "recent_returns")
+    return is_optimizer or name.startswith("target") or name in ("memory", "rng_state", "recent_returns")
 
 
 def clean_settings(settings: dict) -> dict:
@@ -358,7 +358,8 @@ def command_line(script: Path, settings: dict) -> str:
         value = settings[name]
         written = field.value
         if isinstance(written, ast.Call) and written.keywords:
-            written = getattr(written.keywords[0].value, "body", written)  # default_factory=lambda: [64]
+            written = written.keywords[0].value  # default_factory=lambda: [64], or =list
+            written = getattr(written, "body", ast.List([]))
         try:
             default = ast.literal_eval(written)
         except ValueError:  # a default that is computed: the flag is shown

@@ -229,7 +229,7 @@ RANGES = {  # smallest and largest value of every number in Args
     "jobs": (1, 1000),
     "seeds_per_trial": (1, 1000),
     "finalists": (0, 50),
-    "fresh_seeds": (1, 1000),
+    "fresh_seeds": (1, 899),  # 101, 102, …: those of the search begin at 1000
     "heartbeat": (1, 100_000),
     "seed": (1, 1_000_000),
 }
@@ -387,6 +387,8 @@ class Tuner:
         self.space = space
         self.stop = stop
         settings = ask_script(script, flags, space)  # ends here if the script refuses
+        if not {"total_episodes", "total_timesteps"} & settings.keys():
+            fail(f"{script.name} has no budget in steps or episodes: it cannot be tuned")
         self.unit = "episodes" if "total_episodes" in settings else "steps"
         self.budget = settings.get("total_episodes") or settings["total_timesteps"]
         name = f"tune__{settings['env_id']}__{script.stem}".replace("/", "-").replace(":", "-")
@@ -681,13 +683,7 @@ def report(
     tuner: Tuner, search: optuna.Study, ranking: optuna.Study | None, finalists: list[FrozenTrial]
 ) -> None:
     """[C] Print the table and the winner's command line; write study.csv and the pictures."""
-    fresh = {trial.number: [] for trial in finalists}
-    runs = counted(ranking) if ranking else []
-    for run in sorted(runs, key=lambda run: run.user_attrs.get("seed", 0)):
-        if run.state == TrialState.COMPLETE:
-            fresh[run.user_attrs["finalist"]].append(run.value)
-        elif run.state == TrialState.FAIL and "finalist" in run.user_attrs:
-            fresh[run.user_attrs["finalist"]].append(-math.inf)  # what fails on any seed comes last
+    fresh = on_fresh_seeds(ranking, finalists)
     order = sorted(finalists, key=lambda trial: -mean(fresh[trial.number]))
     states = [trial.state for trial in counted(search)]
     print(
@@ -709,6 +705,18 @@ def report(
     write_csv(tuner, search, fresh)
     draw_pictures(tuner, search, order, fresh)
     print(f"study.csv and pictures: {tuner.dir}")
+
+
+def on_fresh_seeds(ranking: optuna.Study | None, finalists: list[FrozenTrial]) -> dict[int, list[float]]:
+    """Values of the finalists on the fresh seeds, by their trial numbers; −∞ for a run that failed."""
+    fresh = {trial.number: [] for trial in finalists}
+    runs = counted(ranking) if ranking else []
+    for run in sorted(runs, key=lambda run: run.user_attrs.get("seed", 0)):
+        if run.state == TrialState.COMPLETE:
+            fresh[run.user_attrs["finalist"]].append(run.value)
+        elif "finalist" in run.user_attrs and "error" in run.user_attrs:  # without: it was killed too often
+            fresh[run.user_attrs["finalist"]].append(-math.inf)  # what fails on any seed comes last
+    return fresh
 
 
 def mean(values: list[float]) -> float:

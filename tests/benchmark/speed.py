@@ -10,7 +10,7 @@ environment, the rest of section [A] as acting, all other sections as learning.
 Rounds alternate between this script and the peer, so that both see the same machine, and each round gives one
 ratio of the two. All numbers are medians over the rounds, ranges go from the lowest to the highest. The
 decision transformer's are updates per second; it has no environment while it learns.
-Writes results/speed.csv and the table in RESULTS.md.
+Writes results/speed.csv and the table in RESULTS.md, if the peer is installed.
 """
 
 import csv
@@ -220,10 +220,9 @@ def measure_peer(name: str) -> None:
     torch.set_num_threads(1)  # as many as ours
     scope = {key: getattr(stable_baselines3, key) for key in ("A2C", "DQN", "PPO")}
     exec(CASES[name].peer, scope)
-    steps = CASES[name].flags["total_timesteps"]
     started = time.perf_counter()
-    scope["model"].learn(steps)
-    print(json.dumps({"speed": steps / (time.perf_counter() - started)}))
+    scope["model"].learn(CASES[name].flags["total_timesteps"])  # rounded up to whole rollouts
+    print(json.dumps({"speed": scope["model"].num_timesteps / (time.perf_counter() - started)}))
 
 
 def table(rows: list[dict]) -> str:
@@ -278,7 +277,7 @@ def main(only: str | None = None, rounds: int = 3, one: str | None = None, peer:
         row["ratio_range"] = f"{min(ratios):.2f} to {max(ratios):.2f}" if peers else ""
         rows.append(row)
         print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-    if not only:
+    if not only and with_peer:  # what was measured beside a peer must not be lost
         with open(HERE / "results" / "speed.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
