@@ -18,18 +18,18 @@ Equations
     (4)  R_t = A_t + V(s_t)                                  what the value network should have said
     (5)  ln π(a|s) = −Σ_j [(a_j − μ_j)² / 2σ_j² + ln σ_j + ½ ln 2π]
     (6)  L_π = −mean A ln π(a|s)
-    (7)  L_V = mean (V(s) − R)²                              without the ½ of other scripts, as in SB3
+    (7)  L_V = mean (V(s) − R)²                              without the ½ of ppo.py, as Stable-Baselines3
     (8)  H   = Σ_j [ln σ_j + ½ ln 2πe]                       entropy: how open the choice is, in nats
     (9)  L   = L_π + c_V L_V − c_H mean H
     (10) ξ_j = Σ_i φ_i(s) W_ij,  W_ij ~ Normal(0, σ_ij²)     --use-sde (gSDE): noise made of features φ_i(s),
          so σ_j(s)² = Σ_i φ_i(s)² σ_ij²                      for part j of a; W is drawn, σ_ij is learned
     (11) mean ← mean + w Δ,   var ← (1−w) var + w var_new + w (1−w) Δ²,   Δ = mean_new − mean
-         running statistics of all s so far, for (s − mean) / √var. new: of one batch; w: its share in all
+         running statistics of all s so far, for (s − mean) / √var within ±10. new: of a batch; w: its share
     (12) v ← 0.99 v + 0.01 g²,   θ ← θ − α g / √(v + 10⁻⁵)   RMSprop, as in TensorFlow
 
 What is an action worth? Q(s,a) is the mean of the discounted return r_t + γ r_{t+1} + γ² r_{t+2} + … after
 action a in state s, V(s) is the mean of Q(s,a) over the actions of the policy. REINFORCE weighs ∇ln π(a|s)
-with one draw of that return, full of later luck. The first actor-critic (the policy is the actor) weighs it
+with one draw of that return, full of later luck. A plain actor-critic (the policy is the actor) weighs it
 with a critic's Q instead. But Q may be large for all actions in s. What tells them apart is the advantage,
     A(s,a) = Q(s,a) − V(s)      > 0: better than the average in s, make a likelier; < 0: make it rarer
 To know A, V is enough: Q(s,a) is the mean of r + γ V(s'), so A(s,a) is the mean of δ in (2), as far as V is
@@ -57,7 +57,7 @@ http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf
 
 Read first: reinforce.py (the policy gradient).
 New here: the critic, the advantage, continuous actions, observations normalised by running statistics.
-Lacking beside ppo.py: nothing keeps a step from going too far, so each batch serves once and steps are small.
+Unlike in ppo.py, nothing here keeps the policy near the one that acted: so each batch serves one step only.
 Run: python algos/a2c_continuous.py
 Expect: PyBullet's ant, the default, has episodic returns of 2,279, 2,398 and 2,499 (seeds 1, 2, 3) after 2M
 steps, 33 minutes. MuJoCo's cheetah, 1.6 minutes, wants other settings; 4,418, 5,192, 1,662 after 1M steps:
@@ -339,7 +339,7 @@ def train(args: Args) -> dict:
         if args.norm_reward:
             # [Trick 4] Returns of scale 1, whatever the rewards' unit. Else large errors of V make a long
             # gradient; trick 5 shortens all of it, and the policy's share gets so small that 10⁻⁵ in (12)
-            # outweighs its v: tiny steps. As in OpenAI's VecNormalize, limit 10 too. Ablate: --no-norm-reward
+            # outweighs its v: tiny steps. As in OpenAI's VecNormalize, with its ±10. Ablate: --no-norm-reward
             sums, earned = discounted_sums(rewards, terminated | truncated, earned, args.gamma)
             agent.norm_return.update(torch.from_numpy(sums).to(device).reshape(-1, 1))  # (T*N, 1)
             learned_rewards = (rewards * agent.norm_return.scale.item()).clip(-10, 10)

@@ -7,7 +7,7 @@ double DQN one of the two networks chooses the next action while the other says 
 
 Why a network? A table has a number for every state and says nothing about states that it has not met. A state
 of CartPole is four real numbers: hardly any is met twice. Cut into 50 intervals each, they would make a table
-of 12.5 million entries, and neighbours would learn nothing from each other. A network computes Q(s, a) from
+of 2 × 6.25 million entries; neighbours would learn nothing from each other. A network computes Q(s, a) from
 17,410 weights θ instead, and moves them along a gradient: θ ← θ + α (y − Q(s, a)) ∇Q(s, a). That moves the
 values of all states that look alike. So a network generalises, and for the same reason a correction in one
 place spoils values elsewhere that were right: hence the stabilisers, which no table needs.
@@ -15,7 +15,7 @@ place spoils values elsewhere that were right: hence the stabilisers, which no t
 Pseudo-code
     repeat until the budget is spent:
         [A] act       one step in each of N environments, ε-greedily
-        [B] remember  observations, actions, rewards, terminations
+        [B] remember  transitions: (s, a, r, s', terminated)
         [C] learn     after every F steps M minibatches from the memory; the copy follows slowly
         [D] log       charts, progress bar
 
@@ -24,15 +24,15 @@ Equations
     (2)  a    = a random action with probability ε, else argmax_a Q(s, a), the greedy one
     (3)  a*   = argmax_a Q(s', a)                             chosen by the network that learns, but
     (4)  y    = r + γ Q⁻(s', a*)                              valued by its copy; r after a termination
-    (5)  L    = mean (Q(s, a) − y)²                           over a minibatch
+    (5)  L    = mean (Q(s, a) − y)²                           over B transitions drawn; y has no gradient
     (6)  θ⁻   ← θ⁻ + τ (θ − θ⁻)                               the weights of the copy follow
     (7)  mean ← mean + w Δ,   var ← (1−w) var + w var_new + w (1−w) Δ²,   Δ = mean_new − mean
-         running statistics of all s so far, for (s − mean) / √var. new: of one batch; w: its share in all
+         running statistics of all s so far, for (s − mean) / √var within ±10. new: of a batch; w: its share
 
 Why not simply y = r + γ max_a Q⁻(s', a)? The largest of noisy estimates is mostly one that is too high, and
 the next target is built on it. With (3), y is too high only if the copy overrates the action that Q chose.
 
-Why not the paper's Huber loss? For errors x above 1 it is |x| − ½, and its gradient is the same for all of
+Why not the paper's Huber loss? For errors |x| > 1 it is |x| − ½, and its gradient has one size for all of
 them. The values of CartPole are around 100. A fall is then an error of 100, and the many steps that went well
 have errors of 2 or 3: with Huber each of them counts as much as a fall. The falls are outvoted, and the
 values climb past all bounds. The square lets a fall weigh what it costs. In dqn_atari.py rewards are clipped,
@@ -110,7 +110,7 @@ class Args:
     train_frequency: int = 8  # F, steps between two phases of learning
     gradient_steps: int = 3  # M, minibatches in such a phase
     gamma: float = 0.995  # γ, what a reward one step later is worth
-    target_network_frequency: int = 1  # [Trick 2] steps between renewals of the copy, in whole minibatches
+    target_network_frequency: int = 1  # [Trick 2] steps between renewals of the copy, at least a minibatch
     tau: float = 0.02  # τ, share of the network that enters the copy then; 1: all of it
     double_q: bool = True  # [Trick 3] the network that learns chooses what its copy values
     initial_value: float = 100.0  # [Trick 4] Q before anything is learned
@@ -241,7 +241,7 @@ def td_loss(q, actions, targets, huber):
 
 def train(args: Args) -> dict:
     """Train, evaluate, leave the run folder behind; returns what results.json holds."""
-    check_args(args)  # a setting or an environment that cannot work ends here, with one line
+    check_args(args)  # if a setting or the environment cannot work, the script ends here and says why
     device = setup_torch(args)
     envs = make_envs(args, args.num_envs)
     agent = make_agent(args, envs, device)
@@ -302,7 +302,7 @@ def train(args: Args) -> dict:
         due = run.step // args.train_frequency * args.gradient_steps  # minibatches by now
         batches = memory.sample(due - updates, args.batch_size) if due > updates else []
         for b_obs, b_actions, b_rewards, b_next_obs, b_terminated in batches:
-            with torch.no_grad():
+            with torch.no_grad():  # y is a fixed number in (5): only Q(s, a) has a gradient
                 target_q = target(b_next_obs)  # (B, |A|)
                 # [Trick 3] The network that values should not also choose
                 # (https://arxiv.org/abs/1509.06461). Ablate: --no-double-q

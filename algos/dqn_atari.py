@@ -164,9 +164,9 @@ class Agent(nn.Module):
             nn.Linear(512, num_actions),  # -> (B, |A|)
         )
         if ortho_init:
-            # [Trick 7] One scale from layer to layer, as in ppo.py, and values that start near 0. PyTorch's
+            # [Trick 7] Orthogonal weights keep one scale from layer to layer; values start near 0. PyTorch's
             # own weights are smaller: what Pong's ball adds to the bright ground fades from layer to layer,
-            # and before the ball is seen, lost points push units to 0 for good. Off: Space Invaders, on dark
+            # and before the ball is seen, lost points turn ReLUs off for good. Off: Space Invaders, on dark
             # ground, ended at 274.5 with it (seed 1 only), at 608.0 to 707.5 without. Try: --ortho-init
             for layer in self.network:
                 if isinstance(layer, nn.Linear | nn.Conv2d):
@@ -206,7 +206,7 @@ class ReplayMemory:
     with the one before the reset: no stack needs those of another game.
 
         slot         0   1   2   3   4   5   6   7   8   9  10  11
-        frame        ·   ·   ·  s0  s1  s2  s3   ·   ·   ·  s0  s1     ·: first stack; s3 ended the first game
+        frame        ·   ·   ·  s0  s1  s2  s3   ·   ·   ·  s0  s1     ·: stacked with s0; s3 ended the game
         can be drawn             x   x   x                   x         its step is done, its stacks are whole
 
     A transition in slot i goes from the stack i−3 … i to the stack i−2 … i+1.
@@ -336,7 +336,7 @@ def train(args: Args) -> dict:
         obs, rewards, terminated, truncated, info = envs.step(actions)
 
         # [B] remember
-        # [Trick 4] So one step size fits games with points of any size (the paper). Ablate: --no-clip-rewards
+        # [Trick 4] Signs let one step size fit games of all scores (the paper). Ablate: --no-clip-rewards
         learned_rewards = np.sign(rewards) if args.clip_rewards else rewards
         # [Trick 5] A lost life is a termination for (4), though the game goes on: so no later reward makes up
         # for the loss of a life (the paper's code). Ablate: --no-episodic-life
@@ -365,7 +365,7 @@ def train(args: Args) -> dict:
             frames, b_actions, b_rewards, b_terminated = to_tensors(memory.sample(args.batch_size), device)
             b_obs = frames[:, :-1]  # (B, 5, 84, 84) -> (B, 4, 84, 84)
             b_next_obs = frames[:, 1:]
-            with torch.no_grad():
+            with torch.no_grad():  # y is a fixed number in (5): only Q(s, a) has a gradient
                 target_q = target(b_next_obs)  # (B, |A|)
                 # [Trick 3] The network that values a* should not have chosen it too
                 # (https://arxiv.org/abs/1509.06461). Ablate: --no-double-q

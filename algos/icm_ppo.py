@@ -24,7 +24,7 @@ Pseudo-code
     repeat until the budget is spent:
         [A] collect   a rollout: T steps in each of N environments with the current policy
         [B] estimate  how wrong the model's predictions are; advantages, for the task and for curiosity
-        [C] improve   policy, values and models, K epochs of minibatches; then the running statistics
+        [C] improve   policy, values and models, K epochs of minibatches; then the statistics of (10)
         [D] log       charts, progress bar
 
 Equations; those of rnd_ppo.py but for (9), (11) and (16)
@@ -39,7 +39,7 @@ Equations; those of rnd_ppo.py but for (9), (11) and (16)
     (9)  L   = L_π + c_V (L_V^E + L_V^I) − c_H mean H + mean e + L_g
     (10) x   = clip((s − mean) / deviation, −5, 5)           running statistics of each element of s
     (11) e_t = mean_j (f_j(φ(x_t), a_t) − φ_j(x_{t+1}))²     error of f, the forward model; trains f
-    (12) u_t = γ_I u_{t−1} + e_t                             past e, discounted: about as large as a return
+    (12) u_t = γ_I u_{t−1} + e_t                             sum of past e, discounted: as large as a return
     (13) i_t = e_t / deviation(u)                            intrinsic reward; its returns get deviation ≈ 1
     (14) A   = c_E A^E + c_I A^I                             c_I falls to 0 in the first half: trick 11
     (15) m_t = β m_{t−1} + (1−β) s_t                         memory, a fading average; m_0 = s_0
@@ -53,7 +53,7 @@ Symbols
     π, z      policy, its logits                   K, B      update_epochs, size of a minibatch
     V         value: discounted reward to come     D, |A|    size of an observation, number of actions
     δ, A, R   TD error, advantage, target of V     γ, γ_I    gamma, int_gamma
-    E, I      of the task, intrinsic               λ, ε      gae_lambda, clip_coef
+    E, I      extrinsic (the task's), intrinsic    λ, ε      gae_lambda, clip_coef
     x         normalised observation               c_V, c_H  vf_coef, ent_coef
     φ, j, F   features, one of them, their number  c_E, c_I  ext_coef, int_coef
     f, g      forward model, inverse model         m, β      memory, --memory: how slowly it fades
@@ -452,7 +452,7 @@ def train(args: Args) -> dict:
             entropy=entropy(new_logits),
             grad_norm=grad_norm,
             approx_kl=(log_ratio.exp() - 1 - log_ratio).mean(),
-            clip_fraction=((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean(),  # ρ outside (6)
+            clip_fraction=((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean(),  # ρ not in 1±ε
             explained_variance=1 - task.var() / (task + v[:-1]).var(),  # of the task; 1: V foretells all
         )
     envs.close()

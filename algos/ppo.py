@@ -321,7 +321,7 @@ def train(args: Args) -> dict:
             entropy=entropy(logits),
             grad_norm=grad_norm,
             approx_kl=approx_kl,
-            clip_fraction=((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean(),  # ρ outside (6)
+            clip_fraction=((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean(),  # ρ not in 1±ε
             explained_variance=1 - (b_returns - b_old_values).var() / b_returns.var(),  # 1: V foretells all
         )
         if args.target_return is not None and run.mean_return() >= args.target_return:

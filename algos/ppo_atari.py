@@ -426,7 +426,7 @@ def train(args: Args) -> dict:
             "entropy": mean_entropy.detach(),
             "grad_norm": grad_norm,
             "approx_kl": (log_ratio.exp() - 1 - log_ratio).mean(),  # estimates KL(π_old ‖ π)
-            "clip_fraction": ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean(),  # ρ outside (6)
+            "clip_fraction": ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean(),  # ρ not in 1±ε
             "explained_variance": 1 - b_advantages.var() / b_returns.var(),  # 1: V foretells all of R
         }
         losses = dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True))  # waits only once

@@ -436,7 +436,7 @@ def train(args: Args) -> dict:
             std=stds.mean(),
             grad_norm=grad_norm,
             approx_kl=approx_kl,
-            clip_fraction=((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean(),  # ρ outside (6)
+            clip_fraction=((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean(),  # ρ not in 1±ε
             explained_variance=explained_variance,
         )
         if args.target_return is not None and run.mean_return() >= args.target_return:

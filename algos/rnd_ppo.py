@@ -20,7 +20,7 @@ Pseudo-code
     repeat until the budget is spent:
         [A] collect   a rollout: T steps in each of N environments with the current policy
         [B] estimate  how new the observation after each step is; advantages, for the task and for novelty
-        [C] improve   policy, values and predictor, K epochs of minibatches; then the running statistics
+        [C] improve   policy, values and predictor, K epochs of minibatches; then the statistics of (10)
         [D] log       charts, progress bar
 
 Equations; (1) to (9) are those of ppo.py, with (2), (3), (4) and (7) once for the task and once for novelty
@@ -35,7 +35,7 @@ Equations; (1) to (9) are those of ppo.py, with (2), (3), (4) and (7) once for t
     (9)  L   = L_π + c_V (L_V^E + L_V^I) − c_H mean H + mean e
     (10) x   = clip((s − mean) / deviation, −5, 5)           running statistics of each element of s
     (11) e_t = mean_j (f̂_j(x_{t+1}) − f_j(x_{t+1}))²         novelty: f is fixed, f̂ imitates it
-    (12) u_t = γ_I u_{t−1} + e_t                             past e, discounted: about as large as a return
+    (12) u_t = γ_I u_{t−1} + e_t                             sum of past e, discounted: as large as a return
     (13) i_t = e_t / deviation(u)                            intrinsic reward; its returns get deviation ≈ 1
     (14) A   = c_E A^E + c_I A^I
     (15) m_t = β m_{t−1} + (1−β) s_t                         memory, a fading average; m_0 = s_0
@@ -50,7 +50,7 @@ Symbols
     π, z      policy, its logits                   K, B      update_epochs, size of a minibatch
     V         value: discounted reward to come     D, |A|    size of an observation, number of actions
     δ, A, R   TD error, advantage, target of V     γ, γ_I    gamma, int_gamma
-    E, I      of the task, intrinsic               λ, ε      gae_lambda, clip_coef
+    E, I      extrinsic (the task's), intrinsic    λ, ε      gae_lambda, clip_coef
     x         normalised observation               c_V, c_H  vf_coef, ent_coef
     f, f̂, j   target, predictor, their outputs     c_E, c_I  ext_coef, int_coef
     e, i, u   novelty, intrinsic reward, (12)      m, β      memory, --memory: how slowly it fades
@@ -69,7 +69,7 @@ References: RND https://arxiv.org/abs/1810.12894, curiosity at large https://arx
 Read first: ppo.py (it has the reasons for all that is only named here).
 New here: target and predictor, two values, a memory. The functions of earlier scripts stand below `train`.
 Run: python algos/rnd_ppo.py
-     python algos/rnd_ppo.py --int-coef 0  # the same without curiosity
+     python algos/rnd_ppo.py --int-coef 0  # without curiosity: stays at −1
      python algos/rnd_ppo.py --env-id MiniGrid-DoorKey-8x8-v0 --total-timesteps 1000000
 The paper's own game, with the settings of the authors' code, is days of work for a GPU:
      python algos/rnd_ppo.py --env-id ALE/MontezumaRevenge-v5 --clip-rewards --num-envs 128 --num-steps 128 \
@@ -310,7 +310,7 @@ def train(args: Args) -> dict:
     obs = torch.zeros((T + 1, N, *shape), dtype=torch.uint8 if agent.frames else torch.float32, device=device)
     values = torch.zeros((T + 1, N, 2), device=device)
     logits = torch.zeros((T, N, num_actions), device=device)
-    # Where each step led before any reset: novelty looks at nothing else.
+    # Where each step led before any reset: for novelty and, after time limits, (2).
     next_obs = np.zeros((T, N, *shape), dtype=np.uint8 if agent.frames else np.float32)
     actions = np.zeros((T, N), dtype=np.int64)
     rewards = np.zeros((T, N), dtype=np.float32)
@@ -411,7 +411,7 @@ def train(args: Args) -> dict:
                 loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy(new_logits)  # (9)
                 if args.int_coef:
                     # [Trick 6] The more rows train the predictor, the sooner a place is dull. An epoch takes
-                    # a random share, as the paper with many environments. Ablate: --predictor-share 1
+                    # a random share, as in the paper if N is large. Ablate: --predictor-share 1
                     distilled = rows[: int(args.predictor_share * minibatch_size)]
                     distill_loss = agent.novelty(b_next_obs[distilled]).mean()
                     loss = loss + args.vf_coef * int_v_loss + distill_loss  # (9), the rest: L_V^I, mean e
@@ -443,7 +443,7 @@ def train(args: Args) -> dict:
             entropy=entropy(new_logits),
             grad_norm=grad_norm,
             approx_kl=(log_ratio.exp() - 1 - log_ratio).mean(),
-            clip_fraction=((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean(),  # ρ outside (6)
+            clip_fraction=((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean(),  # ρ not in 1±ε
             explained_variance=1 - task.var() / (task + v[:-1]).var(),  # of the task; 1: V foretells all
         )
     envs.close()

@@ -21,8 +21,8 @@ Equations
     (5)  Σ_a π(a|s) Q(s,a) = (1−ε) max_a Q(s,a) + ε mean_a Q(s,a)            replaces Q in (4): --expected
     (6)  α_m = α / (1 + m/c)                                                 or simply α, for every m
     (7)  Q(s_t,a_t) ← Q(s_t,a_t) + α_m (G − Q(s_t,a_t))
-An episode may end after j < n rewards; then (4) ends there. After a termination nothing follows. After a time
-limit more could follow: then (4) ends with γ^j Q, for the state reached and an action drawn there.
+An episode may end after j < n rewards (or n is 0); then (4) ends there. After a termination nothing follows.
+After a time limit more could: then (4) ends with γ^j Q, for the state reached and an action drawn there.
 
 How many rewards? The value Q^π(s,a) is the mean of (1) over all that chance and π may do. Two extremes:
     --n-step 1   temporal difference, TD(0)   the luck of one step only; wrong as long as the guess is wrong
@@ -116,7 +116,7 @@ class Args:
     # run
     seed: int = 1  # the same seed gives the same numbers
     eval_episodes: int = 100  # greedy episodes played after training
-    eval_seeds: str | None = None  # start seeds of evaluation, 16,54,165; default: drawn, Taxi the course's
+    eval_seeds: str | None = None  # start seeds of evaluation, as 16,54,165; default: drawn; Taxi: TAXI_SEEDS
     checkpoint_every: int = 100_000  # save at least every this many steps, or every episode
     run_dir: str | None = None  # folder of the run; by default runs/ENV__sarsa__seedS__TIME
     resume: str | None = None  # go on with the run in this folder
@@ -180,7 +180,7 @@ def step_size(learning_rate, visits, lr_visits):
     # [Trick 1] Where chance decides, a constant rate follows the last few tries for ever. Values settle at
     # the mean if the rates of a pair add up to infinity (any start is forgotten) and their squares do not
     # (the noise dies away): Robbins and Monro, https://doi.org/10.1214/aoms/1177729586. (6), which falls like
-    # 1/m, meets both. Off by default, for without chance nothing needs averaging. Try: --lr-visits 100
+    # 1/m, meets both. Off by default, as in the book, so noise stays in Q: see Expect. Try: --lr-visits 100
     return learning_rate / (1 + visits / lr_visits)  # (6)
 
 
