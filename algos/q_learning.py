@@ -346,6 +346,7 @@ def parse_args() -> Args:
     try:
         saved = json.loads((Path(folder) / "args.json").read_text())
         del saved["versions"]
+        saved |= {"resume": None, "evaluate": None}
         if args.evaluate:
             saved |= {"capture_video": False, "track": False}
         defaults = Args(**saved)
@@ -385,6 +386,14 @@ def check_args(args: Args) -> None:
             if not fits or number is not None and not low <= number <= high:
                 kind = "a whole number " if int in kinds else ""
                 fail(f"--{name.replace('_', '-')} {number} is not {kind}between {low:,} and {high:,}")
+    for name, about in Args.__dataclass_fields__.items():  # words, and what is on or off
+        value = getattr(args, name)
+        kinds = getattr(about.type, "__args__", (about.type,))
+        listed = [kind for kind in kinds if isinstance(kind, str)]
+        fits = value in listed if listed else name in RANGES or isinstance(value, kinds)
+        if not fits:
+            wanted = ", ".join(listed) or " or ".join(kind.__name__ for kind in kinds)
+            fail(f"--{name.replace('_', '-')} {value} is none of {wanted}")
     check_settings(args)
     try:
         env = make_env(args)
@@ -545,7 +554,7 @@ def open_folder(args: Args) -> tuple[Path, IO]:
             copy += 1
             run_dir = Path(f"{default}-{copy}")
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / ".lock", "w")
+        lock = open(run_dir / ".lock", "a")
         if os.name == "posix":
             import fcntl  # here, because Windows has none
 
@@ -582,6 +591,7 @@ def write_file(path: Path, data: bytes) -> None:
     """Write under a temporary name and move into place, so that no crash leaves half a file."""
     temporary = path.with_name("tmp-" + path.name)
     try:
+        temporary.unlink(missing_ok=True)  # a stranger's folder may hold a link of that name
         temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as error:  # no room left, or no right to write any more

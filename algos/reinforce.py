@@ -248,6 +248,7 @@ def train(args: Args) -> dict:
         unfinished = np.ones(N, dtype=bool)
         out_of_time = np.zeros(N, dtype=bool)
         last_obs = np.zeros_like(current_obs)  # (N, D), the observation after an episode's last step
+        random_numbers = torch.get_rng_state()
         with torch.inference_mode():
             while unfinished.any() and not run.stopped:
                 action = sample(agent.actor(agent.scale(current_obs))).cpu().numpy()  # (N, D) -> (N,)
@@ -261,8 +262,9 @@ def train(args: Args) -> dict:
                     last_obs[ended] = np.stack(info["final_obs"][ended])
                     out_of_time[ended] = ~terminated[ended]
                     unfinished = unfinished & ~ended
-        if run.stopped:
-            continue  # Ctrl-C: half an episode has no return, goes_on saves what was learned before
+        if run.stopped:  # Ctrl-C: half an episode has no return; --resume plays these episodes again
+            torch.set_rng_state(random_numbers)
+            continue
         playing = np.stack(playing)  # (T, N)
         rewards = np.where(playing, np.stack(rewards), 0.0)  # (T, N)
         lengths = playing.sum(0)  # (N,)
@@ -455,6 +457,7 @@ def parse_args() -> Args:
     try:
         saved = json.loads((Path(folder) / "args.json").read_text())
         del saved["versions"]
+        saved |= {"resume": None, "evaluate": None}
         if args.evaluate:
             saved |= {"capture_video": False, "track": False}
         defaults = Args(**saved)
@@ -494,10 +497,14 @@ def check_args(args: Args) -> None:
             if not fits or number is not None and not low <= number <= high:
                 kind = "a whole number " if int in kinds else ""
                 fail(f"--{name.replace('_', '-')} {number} is not {kind}between {low:,} and {high:,}")
-    for name, about in Args.__dataclass_fields__.items():  # words: tyro checks flags, but not args.json
-        words = getattr(about.type, "__args__", ())
-        if any(isinstance(word, str) for word in words) and getattr(args, name) not in words:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is none of {', '.join(words)}")
+    for name, about in Args.__dataclass_fields__.items():  # words, and what is on or off
+        value = getattr(args, name)
+        kinds = getattr(about.type, "__args__", (about.type,))
+        listed = [kind for kind in kinds if isinstance(kind, str)]
+        fits = value in listed if listed else name in RANGES or isinstance(value, kinds)
+        if not fits:
+            wanted = ", ".join(listed) or " or ".join(kind.__name__ for kind in kinds)
+            fail(f"--{name.replace('_', '-')} {value} is none of {wanted}")
     check_settings(args)
     if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo films without a screen; read when imported
@@ -510,6 +517,15 @@ def check_args(args: Args) -> None:
         fail(f"cannot make the environment {args.env_id} {reason}")
     check_spaces(args, envs)
     envs.close()
+    if args.capture_video:  # it must not fail after hours of training
+        try:
+            envs = make_envs(args, 1, render_mode="rgb_array")
+            envs.reset(seed=env_seeds(1, args.seed, 1, 0))
+            if np.ndim(envs.render()[0]) != 3:
+                raise ValueError("what it draws is no picture")
+            envs.close()
+        except Exception as error:  # no pictures, no graphics library: many ways again
+            fail(f"--capture-video: cannot draw {args.env_id}: {type(error).__name__} {error}")
 
 
 def setup_torch(args: Args) -> torch.device:
@@ -677,7 +693,7 @@ def open_folder(args: Args) -> tuple[Path, IO]:
             copy += 1
             run_dir = Path(f"{default}-{copy}")
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / ".lock", "w")
+        lock = open(run_dir / ".lock", "a")
         if os.name == "posix":
             import fcntl  # here, because Windows has none
 
@@ -714,6 +730,7 @@ def write_file(path: Path, data: bytes) -> None:
     """Write under a temporary name and move into place, so that no crash leaves half a file."""
     temporary = path.with_name("tmp-" + path.name)
     try:
+        temporary.unlink(missing_ok=True)  # a stranger's folder may hold a link of that name
         temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as error:  # no room left, or no right to write any more
@@ -813,6 +830,7 @@ def record_video(args: Args, policy, path: Path) -> None:
     obs, _ = envs.reset(seed=env_seeds(1, args.seed, 1, 0))
     frame = envs.render()[0]
     temporary = path.with_name("tmp-" + path.name)
+    temporary.unlink(missing_ok=True)
     fps = envs.metadata.get("render_fps", 30)
     with FFMPEG_VideoWriter(str(temporary), (frame.shape[1], frame.shape[0]), fps) as film:
         film.write_frame(frame)

@@ -98,6 +98,15 @@ class PointEnv(CounterEnv):
         self.observation_space = gym.spaces.Box(-1, 1, (), np.float32)
 
 
+class BlindEnv(CounterEnv):
+    """Draws nothing."""
+
+    metadata = {"render_modes": []}
+
+    def render(self):
+        return None
+
+
 for ending in ("terminated", "truncated", "both", "neither"):
     gym.register(f"Counter-{ending}-v0", entry_point="counter_env:CounterEnv", kwargs={"ending": ending})
 gym.register("Broken-v0", entry_point="counter_env:BrokenEnv")
@@ -107,4 +116,5 @@ gym.register("Dict-v0", entry_point="counter_env:DictEnv")
 gym.register("From1-v0", entry_point="counter_env:From1Env")
 gym.register("From1Box-v0", entry_point="counter_env:From1Env", kwargs={"vectors": True})
 gym.register("Image-v0", entry_point="counter_env:ImageEnv")
+gym.register("Blind-v0", entry_point="counter_env:BlindEnv")
 gym.register("Point-v0", entry_point="counter_env:PointEnv")

@@ -32,7 +32,7 @@ PROMISES = "fail parse_args read_command_line check_args env_seeds Run open_fold
 PROMISES += "save_checkpoint load_checkpoint evaluate record_video"
 SHARED_ARGS = "resume evaluate capture_video track wandb_project_name wandb_entity"
 # Lines from the first one to the end of `train`, at most.
-PATHS = {"q_learning": 240, "reinforce": 340, "ppo": 330, "a2c_continuous": 410, "dqn_atari": 400}
+PATHS = {"q_learning": 240, "reinforce": 342, "ppo": 330, "a2c_continuous": 410, "dqn_atari": 400}
 PATHS |= {"rnd_ppo": 450, "icm_ppo": 460, "ppo_continuous": 445, "ppo_atari": 440}
 PATHS |= {"decision_transformer": 450}
 

@@ -544,6 +544,34 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(tmp_path):
         assert torch.equal(one[name], other[name]), name
 
 
+def test_a_run_that_was_stopped_amid_its_episodes_plays_them_again(tmp_path, monkeypatch):
+    flags = {"total_episodes": 24, "num_envs": 4, "eval_episodes": 2}
+    whole = reinforce.train(Args(run_dir=str(tmp_path / "whole"), **flags))
+    goes_on, sample, runs, calls = reinforce.Run.goes_on, reinforce.sample, [], []
+
+    def watched(run, size):
+        runs.append(run)
+        return goes_on(run, size)
+
+    def stopping(logits):
+        calls.append(runs[-1].episodes)
+        if calls.count(12) == 5 and not runs[-1].args.resume:  # the fifth step of the fourth rollout
+            runs[-1].stopped.append(signal.SIGINT)
+        return sample(logits)
+
+    monkeypatch.setattr(reinforce.Run, "goes_on", watched)
+    monkeypatch.setattr(reinforce, "sample", stopping)
+    with pytest.raises(SystemExit):
+        reinforce.train(Args(run_dir=str(tmp_path / "parts"), **flags))
+    runs[-1].lock.close()
+    parts = reinforce.train(Args(resume=str(tmp_path / "parts"), **flags))
+    assert parts["global_step"] == whole["global_step"] and parts["mean_reward"] == whole["mean_reward"]
+    files = [tmp_path / name / "checkpoint.pt" for name in ("whole", "parts")]
+    one, other = (torch.load(file, weights_only=True) for file in files)
+    assert torch.equal(one["rng_state"], other["rng_state"])
+    assert all(torch.equal(one["agent"][name], other["agent"][name]) for name in one["agent"])
+
+
 @pytest.mark.parametrize(
     "flags",
     [

@@ -431,6 +431,23 @@ def test_a_film_shows_every_step_of_an_episode(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["replay.mp4"]
 
 
+@pytest.mark.parametrize("name", ["ppo", "dqn", "reinforce", "decision_transformer"])
+def test_what_cannot_be_filmed_is_refused_before_training(name, tmp_path, monkeypatch, capfd):
+    film = ["--env-id", "counter_env:Blind-v0", "--capture-video", "--run-dir", tmp_path / "run"]
+    code, _, err = call(name, *film, monkeypatch=monkeypatch, capfd=capfd)
+    assert code == 2 and len(err.splitlines()) == 1 and "--capture-video" in err, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_film_replaces_a_link_and_not_what_it_leads_to(tmp_path):
+    import ppo
+
+    (tmp_path / "precious").write_bytes(b"mine")
+    (tmp_path / "tmp-replay.mp4").symlink_to(tmp_path / "precious")
+    ppo.record_video(ppo.Args(), lambda obs: [0], tmp_path / "replay.mp4")
+    assert (tmp_path / "precious").read_bytes() == b"mine" and not (tmp_path / "replay.mp4").is_symlink()
+
+
 def last_frame(path: Path) -> np.ndarray:
     import imageio.v3 as iio
 
@@ -681,6 +698,10 @@ def test_args_json_may_say_anything(name, capsys):
             wrong += [None] if about in (int, float) else []
         for value in wrong:
             assert f"--{name_of_field.replace('_', '-')} " in refused(**{name_of_field: value})
+    for name_of_field in module.Args.__dataclass_fields__.keys() - module.RANGES:
+        about = module.Args.__dataclass_fields__[name_of_field].type
+        for value in ("no", 1, None) if about is bool else (5, ["a"], {}):
+            assert f"--{name_of_field.replace('_', '-')} " in refused(**{name_of_field: value})
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -888,6 +909,35 @@ def test_a_strangers_folder_imports_no_module_of_his(name, tmp_path, monkeypatch
         arguments = [flag, tmp_path / "run", "--env-id", "his_task:Task-v0"]
         code, _, _ = call(name, *arguments, monkeypatch=monkeypatch, capfd=capfd)
         assert code == "his code ran"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_links_in_a_strangers_folder_lead_nowhere(name, tmp_path):
+    """Whoever goes on with it must not overwrite files of his own."""
+    module = importlib.import_module(name)
+    precious, run_dir = tmp_path / "precious", tmp_path / "run"
+    precious.write_bytes(b"mine")
+    run_dir.mkdir()
+    for link in (".lock", "tmp-args.json"):
+        (run_dir / link).symlink_to(precious)
+    module.open_folder(module.Args(resume=str(run_dir)))[1].close()
+    assert precious.read_bytes() == b"mine"
+    assert (run_dir / "args.json").is_file() and not (run_dir / "args.json").is_symlink()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_what_a_strangers_folder_wants_resumed_or_evaluated_is_not(name, tmp_path, monkeypatch):
+    module = importlib.import_module(name)
+    saved = dataclasses.asdict(module.Args()) | {"versions": {}, "evaluate": "/other", "resume": "/third"}
+    (tmp_path / "args.json").write_text(json.dumps(saved))
+    for flag in ("resume", "evaluate"):
+        monkeypatch.setattr(sys, "argv", [name, f"--{flag}", str(tmp_path)])
+        args = module.parse_args()
+        assert {"resume": args.resume, "evaluate": args.evaluate} == {
+            "resume": None,
+            "evaluate": None,
+            flag: str(tmp_path),
+        }
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -19,6 +19,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import counter_env
 import gymnasium as gym
@@ -550,6 +551,16 @@ def test_pages_stay_within_their_size(runs, tmp_path, monkeypatch):
 def test_a_picture_that_comes_again_is_written_once(page_of):
     (episode,) = page_of("sarsa")["episodes"]
     assert len(set(episode["pictures"])) == len(episode["pictures"]) == max(episode["picture"]) + 1
+
+
+def test_more_than_twenty_episodes_are_those_of_an_evaluation():
+    """Which plays 20 at a time and seeds each round by the number of episodes before it."""
+    import ppo
+
+    run = SimpleNamespace(script=ppo, args=ppo.Args(seed=7))
+    rounds = [*ppo.env_seeds(20, 7, 1, 0), *ppo.env_seeds(20, 7, 1, 20), *ppo.env_seeds(20, 7, 1, 40)]
+    for episodes in (1, 20, 21, 45):
+        assert watch.start_seeds(run, episodes, None) == rounds[:episodes]
 
 
 def test_episodes_and_seeds(runs, tmp_path):

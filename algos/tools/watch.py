@@ -682,7 +682,8 @@ def start_seeds(run: Watched, episodes: int, seed: int | None) -> list[int]:
     """The start seeds of the run's first evaluation episodes; with --seed, those of a run with that seed."""
     if seed is None and hasattr(run.script, "start_seeds"):
         return run.script.start_seeds(run.args, episodes)
-    return run.script.env_seeds(episodes, run.args.seed, 1, 0)
+    blocks = [run.script.env_seeds(20, run.args.seed, 1, first) for first in range(0, episodes, 20)]
+    return sum(blocks, [])[:episodes]  # an evaluation plays 20 at a time
 
 
 def thin_together(films: list[Film]) -> None:

@@ -75,9 +75,11 @@ def mutations(tree: ast.Module):
                 yield line, f"{type(node.op).__name__} -> {new.__name__}", node, set_field("op", new())
             elif isinstance(node, ast.Compare) and type(node.ops[0]) in OPERATORS:
                 new = OPERATORS[type(node.ops[0])]
-                yield line, f"{type(node.ops[0]).__name__} -> {new.__name__}", node, set_field("ops", [new()])
+                change = set_field("ops", [new(), *node.ops[1:]])
+                yield line, f"{type(node.ops[0]).__name__} -> {new.__name__}", node, change
             elif isinstance(node, ast.UnaryOp) and not isinstance(node.operand, ast.Constant):  # no axis -1
-                yield line, f"without {type(node.op).__name__}", node, set_field("op", ast.UAdd())
+                change = set_field("operand", ast.UnaryOp(node.op, node.operand))  # twice is not at all
+                yield line, f"without {type(node.op).__name__}", node, change
             elif isinstance(node, ast.Constant) and type(node.value) in (int, float, bool):
                 new = not node.value if isinstance(node.value, bool) else node.value + 1
                 yield line, f"{node.value} -> {new}", node, set_field("value", new)
