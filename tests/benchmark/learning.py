@@ -476,6 +476,7 @@ def draw(name: str, tasks: list[Task]) -> None:
         seeds = np.unique(points[:, 0])
         steps = np.unique(points[:, 1])
         curves = [points[points[:, 0] == seed] for seed in seeds]
+        steps = steps[steps <= min(curve[-1, 1] for curve in curves)]  # budgets in episodes differ in steps
         values = np.stack([np.interp(steps, curve[:, 1], curve[:, 2]) for curve in curves])
         label = f"{task.label or task.name}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
         (line,) = axes.plot(steps, values.mean(0), label=label)
