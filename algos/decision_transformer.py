@@ -246,7 +246,7 @@ class Agent(nn.Module):
         x = torch.stack(tokens, 2).flatten(1, 2)  # (B, K, 3, E) -> (B, 3K, E), the row (2)
         x = self.dropout(self.norm_in(x))  # (3)
         # [Trick 6] bfloat16, 16 bits a number, has 2 to 3 decimal digits: enough for q, k, v and the MLP; the
-        # sums x keep their 7 (https://arxiv.org/abs/1905.12322). It pays from a width of 128. Try: --bf16
+        # sums x keep their 7 (https://arxiv.org/abs/1905.12322). Small layers gain nothing. Try: --bf16
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             x = self.layers(x)
         x = self.norm_out(x).view(B, K, len(tokens), -1)

@@ -42,7 +42,7 @@ Any number c that is known before a_t is drawn can be added to G_0 in term t: th
 With c = −(discounted rewards before t), G_0 becomes γ^t G_t. c = −γ^t b_t is allowed, too, if b_t is made of
 s_t or of other episodes; (5) leaves γ^t out of both. They only take chance out of ∇L. On CartPole, at an
 episodic return of 80–160, (7) is 17 with --no-reward-to-go --baseline none, 4.9 with --baseline none, 1.9
-with value, 1.5 with batch (medians of 3 seeds, --no-normalize-returns; figures/reinforce_baselines.png).
+with value, 1.5 with batch (medians; --no-normalize-returns; tests/benchmark/reinforce_baselines.py).
 
 Symbols
     s, a, r   observation, action, reward             N, M      num_envs, steps of all N episodes together

@@ -718,6 +718,7 @@ def record_video(args: Args, policy, path: Path) -> None:
     state, _ = env.reset(seed=start_seeds(args, 1)[0])
     frame = env.render()
     temporary = path.with_name("tmp-" + path.name)
+    temporary.unlink(missing_ok=True)
     fps = env.metadata.get("render_fps", 30)
     with FFMPEG_VideoWriter(str(temporary), (frame.shape[1], frame.shape[0]), fps) as film:
         film.write_frame(frame)

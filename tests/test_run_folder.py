@@ -439,12 +439,13 @@ def test_what_cannot_be_filmed_is_refused_before_training(name, tmp_path, monkey
     assert not (tmp_path / "run").exists()
 
 
-def test_a_film_replaces_a_link_and_not_what_it_leads_to(tmp_path):
-    import ppo
-
+@pytest.mark.parametrize("name", ["ppo", "q_learning", "sarsa"])
+def test_a_film_replaces_a_link_and_not_what_it_leads_to(name, tmp_path):
+    module = importlib.import_module(name)
     (tmp_path / "precious").write_bytes(b"mine")
     (tmp_path / "tmp-replay.mp4").symlink_to(tmp_path / "precious")
-    ppo.record_video(ppo.Args(), lambda obs: [0], tmp_path / "replay.mp4")
+    policy = (lambda obs: [0]) if name == "ppo" else (lambda state: 0)
+    module.record_video(module.Args(), policy, tmp_path / "replay.mp4")
     assert (tmp_path / "precious").read_bytes() == b"mine" and not (tmp_path / "replay.mp4").is_symlink()
 
 
