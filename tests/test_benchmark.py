@@ -143,6 +143,26 @@ def test_broken_promises_are_counted(monkeypatch, capsys):
     assert "ppo ['--num-steps', '-1']" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("stop", "code", "err", "saved", "finished", "held"),
+    [
+        ("SIGKILL", -9, "", 4, False, True),
+        ("SIGKILL", 0, "", 4, True, True),
+        ("SIGKILL", 0, "", 4, False, False),
+        ("SIGKILL", 1, "", 4, False, False),
+        ("SIGTERM", 143, "", 4, False, True),
+        ("SIGTERM", 143, "Traceback", 4, False, False),
+        ("SIGTERM", 143, "", -1, False, False),  # it had the time to answer and saved nothing
+        ("SIGTERM", -15, "", -1, False, True),
+        ("SIGTERM", -15, "", 4, False, False),  # it did not listen
+        ("SIGTERM", -9, "", -1, False, False),
+    ],
+)
+def test_how_a_stopped_run_may_end(stop, code, err, saved, finished, held):
+    number = getattr(promises.signal, stop)
+    assert (promises.ending(number, code, err, saved, finished) == "") == held
+
+
 def test_speeds_are_ratios_of_pairs(monkeypatch, capsys):
     """Three rounds with 300, 200, 100 against 100, 100, 25: ratios 3, 2, 4, whatever the medians are."""
     speeds = {"ours": [300, 200, 100], "peer": [100, 100, 25]}

@@ -53,7 +53,7 @@ NOBODY = 65534  # the user that owns nothing
 class Options:
     only: tuple[str, ...] = ("kills", "sigterm", "flags", "damage", "folders")
     scripts: tuple[str, ...] = tuple(CASES)
-    count: int = 100  # kills, over all scripts
+    count: int = 100  # kills, and as many SIGTERM, over all scripts
     seed: int = 1  # of the random moments and places
 
 
@@ -138,24 +138,43 @@ def kills(table: Table, options: Options, stop: int) -> None:
                 assert code == 0, err
                 lengths[name] = time.perf_counter() - began
                 shutil.rmtree(folder / "run")
-            run = Forked(name, command, folder)
-            moment = draw.uniform(0, lengths[name])
-            time.sleep(moment)
-            if run.process.is_alive():
-                os.kill(run.process.pid, stop)
+            run, moment = stopped(name, command, folder, partial(draw.uniform, 0, lengths[name]), stop)
             code, _, err = run.end()
             what = f"{name} {' '.join(map(str, command))}, stopped after {moment:.2f} s"
-            promised_code = -signal.SIGKILL if stop == signal.SIGKILL else 128 + stop
-            if code not in (0, promised_code, -stop) or "Traceback" in err:
-                table.note(promise, f"exit code {code}: {err[-300:]}", what)
-                continue
             saved = promised.global_step(folder / "run", case)
+            if problem := ending(stop, code, err, saved, (folder / "run" / "results.json").exists()):
+                table.note(promise, problem, what)
+                continue
             if saved >= 0:
                 code, out, err = Forked(name, ["--resume", folder / "run"], folder).end()
             else:
                 code, out, err = Forked(name, command, folder).end()
             problem = f"exit code {code}: {err[-300:]}" if code else after(name, folder, out, saved)
             table.note(promise, problem, what)
+
+
+def stopped(name: str, command: list, folder: Path, moment, stop: int) -> tuple[Forked, float]:
+    """A run that was stopped while it was alive, and after how many seconds. moment() draws when."""
+    while True:
+        run, after = Forked(name, command, folder), moment()
+        run.process.join(after)
+        if run.process.is_alive():
+            os.kill(run.process.pid, stop)
+            return run, after
+        shutil.rmtree(folder / "run")  # it ended before: that was no try
+
+
+def ending(stop: int, code: int, err: str, saved: int, finished: bool) -> str:
+    """What is wrong with how a run ended after the signal. saved: step of its checkpoint, -1: none."""
+    if "Traceback" in err:
+        return f"exit code {code}: {err[-300:]}"
+    if code == 0:  # the signal came while the process was leaving
+        return "" if finished else "exit code 0 without results.json"
+    if code == 128 + stop:
+        return "" if saved >= 0 else "nothing was saved"
+    # Without its answer SIGTERM may end a run only before there is something to save.
+    good = code == -stop and (stop == signal.SIGKILL or saved < 0)
+    return "" if good else f"exit code {code}, {saved} steps in the checkpoint: {err[-300:]}"
 
 
 def after(name: str, folder: Path, out: str, saved: int) -> str:
@@ -333,7 +352,7 @@ def main() -> int:
     if "kills" in options.only:
         kills(table, options, signal.SIGKILL)
     if "sigterm" in options.only:
-        kills(table, dataclasses.replace(options, count=len(options.scripts)), signal.SIGTERM)
+        kills(table, options, signal.SIGTERM)
     if "flags" in options.only:
         flags(table, options)
     if "damage" in options.only:
