@@ -158,7 +158,7 @@ class Noise(nn.Module):
 
     Independent noise makes a robot tremble, and most of it averages out. Here the noise is a linear function
     of the features φ(s), and its random matrix W is held for some steps: similar states get similar noise, so
-    the robot tries out whole movements. Ablate: --no-use-sde (where it is on)
+    the robot tries out whole movements. Try: --use-sde, or --no-use-sde in a2c_continuous.py, where it is on
 
     With gSDE, σ depends on the state: the policy can be sure of itself in one state and explore in another.
     Without, σ is one number for each part of an action: less to learn, and as much exploration everywhere.
@@ -211,7 +211,7 @@ class Agent(nn.Module):
 
         actor = mlp(num_actions, last_gain=0.01)
         self.features = actor[:-1]  # (B, D) -> (B, |φ|)
-        self.mean = actor[-1]  # (B, |φ|) -> (B, |A|)
+        self.mean = actor[-1]  # (B, |φ|) -> (B, |A|); numpy_policy does the same and must change along
         self.critic = mlp(1, last_gain=1.0)  # (B, D) -> (B, 1) values
         self.noise = Noise(64, num_actions, args.log_std_init, args.use_sde)
         # [Trick 3] Angles, speeds and contacts come in different units; a network learns soonest from inputs
@@ -357,7 +357,7 @@ def train(args: Args) -> dict:
         if args.anneal_lr:
             # [Trick 2] Ever smaller steps let the policy settle (OpenAI's code). Ablate: --no-anneal-lr
             learning_rate *= 1 - (run.step - args.batch_size) / args.total_timesteps
-        optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.param_groups[0]["lr"] = learning_rate  # known from the step: nothing of it is to be saved
         features = agent.features(normed_obs)  # (T*N, |φ|)
         stds = agent.noise.std(features)  # (T*N, |A|)
         log_probs = gaussian_log_prob(b_actions, agent.mean(features), stds)  # (T*N,)
@@ -421,8 +421,8 @@ def make_agent(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> 
 def numpy_policy(agent: Agent):
     """The policy as a NumPy function: observations (N, D) -> features (N, |φ|), mean actions (N, |A|).
 
-    For speed only: for a few rows, nearly all of PyTorch's time is overhead. It is the policy of this moment:
-    on the CPU its arrays are views of the weights and follow the learning, from a GPU they are copies.
+    For speed only: for a few rows, nearly all of PyTorch's time is overhead. Make it anew for each rollout:
+    on the CPU its arrays are the weights themselves and follow the learning, from a GPU they are copies.
     """
     tensors = [agent.norm_obs.shift, agent.norm_obs.scale]
     for layer in (agent.features[0], agent.features[2], agent.mean):
@@ -593,7 +593,7 @@ def parse_args() -> Args:
         return args
     try:
         saved = json.loads((Path(folder) / "args.json").read_text())
-        del saved["versions"]
+        made_by = saved.pop("versions").get(Path(__file__).name)
         saved |= {"resume": None, "evaluate": None}
         if args.evaluate:
             saved |= {"capture_video": False, "track": False}
@@ -606,7 +606,16 @@ def parse_args() -> Args:
     # To make module:id imports the module, and imports run code: a file from a stranger must not choose it.
     if module and not module.startswith("envs.") and args.env_id == defaults.env_id != named:
         fail(f"the run's environment runs code of the module {module}: allow it with --env-id {args.env_id}")
+    if made_by != script_version():
+        print(f"note: this {Path(__file__).name} is not the text that made {folder}", file=sys.stderr)
     return args
+
+
+def script_version() -> str:
+    """Another one for every change of this file: a copy that acts otherwise must not do so unnoticed."""
+    import hashlib
+
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 
 
 def read_command_line(defaults: Args) -> Args:
@@ -637,6 +646,8 @@ def check_args(args: Args) -> None:
     for name, about in Args.__dataclass_fields__.items():  # words, and what is on or off
         value = getattr(args, name)
         kinds = getattr(about.type, "__args__", (about.type,))
+        if {int, float} & {*kinds} and name not in RANGES:
+            fail(f"RANGES does not say what --{name.replace('_', '-')} may be: smallest and largest value")
         listed = [kind for kind in kinds if isinstance(kind, str)]
         fits = value in listed if listed else name in RANGES or isinstance(value, kinds)
         if not fits:
@@ -823,6 +834,7 @@ def open_folder(args: Args) -> tuple[Path, IO]:
     default = "runs/" + name.replace("/", "-").replace(":", "-")
     run_dir = Path(args.resume or args.run_dir or default)
     versions = {name: version(name) for name in ("torch", "gymnasium", "numpy") if name in sys.modules}
+    versions[Path(__file__).name] = script_version()
     saved = asdict(args) | {"resume": None, "evaluate": None, "versions": versions}
     try:
         copy = 1

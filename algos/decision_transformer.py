@@ -10,7 +10,7 @@ Pseudo-code
     repeat until the budget is spent:
         [B] learn     draw windows of K steps, predict each action from all that came before it
         [C] ask       now and then: play, and ask at the start for each of the target returns
-        [D] log       charts, progress bar; the episodic return is the plain sum of an episode's rewards
+        [D] log       charts, progress bar: their "steps" are updates, an episodic return is a sum of rewards
 
 Equations
     (1)  R_t = r_t + R_{t+1}                                 return-to-go, not discounted; 0 after the end
@@ -24,18 +24,18 @@ Equations
     (8)  R_{t+1} = R_t − r_t                                 in play: what is left of the wish
 
 Attention, (4), is how a token looks back. Its query q_i is compared with the key k_j of each earlier token
-and of itself; the closer the match, the more of the value v_j it takes over. Later tokens are out of sight
-(causal): one pass over a window trains K predictions, none of which has seen its answer. If an episode ends
+and of itself; the closer the match, the more it takes over of v_j, named value (no return). Later tokens are
+out of sight (causal): one pass trains K predictions, none of which has seen its answer. If an episode ends
 inside the window, useless steps fill the rest: they come last, so no real token looks at them (padding).
 e_t, learned for each time step t, tells the three tokens of a step which step of the episode it is. A head is
 one set of q, k, v. LayerNorm gives a token's numbers mean 0, deviation 1; the MLP has one hidden layer.
 
 Why should that find anything better than the data? Because it learns step by step. In envs/graph.py, the
-default task, one follows arrows to a goal, at −1 a step. One walk in the data may show the best way from A to
-B, another that from B to the goal, each with detours elsewhere: asked at A for the highest return, the
-transformer follows the first and then the second, along a path that no walk went (stitching). Nothing is
-estimated from a guess, as in Q-learning, and no policy gradient is needed: it is supervised learning. The
-price: luck does not come back for being asked, and a way is not found if the data lack a piece of it.
+default task, one follows arrows to a goal: −1 a step, −10 more if not there after 10. One walk may show the
+best way from A to B, another that from B to the goal, each with detours elsewhere. Asked at A for more than
+any walk from A got, the transformer can join the two, along a path that no walk went (stitching). Nothing
+ensures that it does: no value is passed back from B to A, as in Q-learning. It is supervised learning. The
+price: where chance decides, asking brings no luck; and a way is not found if the data lack a piece of it.
 
 Behaviour cloning copies what the data do, good and bad: the same network without return tokens,
 --no-condition. The difference of the two results shows what asking for a return gains.
@@ -44,8 +44,8 @@ Symbols
     s, a, r   state (observation), action, reward    K, B      context_length, batch_size
     R         return-to-go                           D, |A|    size of an observation, of an action
     u, x      what a token stands for; its numbers   E, d      width; numbers per head: E / num_heads
-    y         what it takes over, of all heads       M, N, L   steps in the data, environments, tokens
-    z         logits, or tanh⁻¹ of the action        W, b      weights and bias, in each place their own
+    y         what it takes over, of all heads       M, N, L   data steps, environments, loss (Layer: tokens)
+    z         logits; or the action before tanh      W, b      weights and bias, in each place their own
     e_t       learned for time step t                q, k, v   query, key, value of a token
 Departures from the paper: windows are filled up behind, not in front; the learning rate falls to 0; integer
 states and discrete actions are vectors of zeros with a one; returns are divided by their deviation.
@@ -56,8 +56,8 @@ https://arxiv.org/abs/2005.01643, the data sets https://minari.farama.org
 Read first: reinforce.py (returns), dqn_atari.py (learning from old experience).
 New here: no environment while learning, a transformer, a policy that is told what return to get.
 Run: python algos/decision_transformer.py
-Expect: after 600 updates and 20 seconds of one core episodic returns of −7.04, −5.38 and −5.31 (seeds 1, 2,
-3); 1,000 random walks have −18 to −19 on average, and the shortest ways would have −5.2.
+Expect: after 600 updates and 20 seconds of one core −7.04, −5.38 and −5.31 (seeds 1, 2, 3), asked for what
+the shortest way returns; the graph tells it at each start, −5.2 on average. Random walks have −18 to −19.
 """
 
 import difflib
@@ -98,16 +98,16 @@ class Args:
     random_episodes: int = 1000  # without a dataset: this many episodes of random play are the data
     # algorithm
     total_updates: int = 600  # budget: gradient steps
-    target_returns: list[float] = field(default_factory=list)  # asked for, at the end the first; none: best
+    target_returns: list[float] = field(default_factory=list)  # wishes, the first is scored; none: best known
     condition: bool = True  # off: no return tokens, which is behaviour cloning
     context_length: int = 4  # K, steps that the transformer sees
     batch_size: int = 64  # B, windows per gradient step
     learning_rate: float = 3e-3  # AdamW's step size
     weight_decay: float = 1e-4  # AdamW's pull of all weights towards 0
     num_layers: int = 3  # of the transformer
-    num_heads: int = 1  # looks back per layer, each with its own queries, keys and values
+    num_heads: int = 1  # per layer, each with its own queries, keys and values
     width: int = 64  # E, numbers per token
-    max_episode_steps: int = 1000  # e_t for this many time steps; random play is cut there
+    max_episode_steps: int = 1000  # how many e_t there are; random play is cut off there
     warmup_updates: int = 60  # [Trick 1] gradient steps in which the learning rate rises from 0
     max_grad_norm: float = 0.25  # [Trick 2] longest gradient that is followed; 0 for no limit
     norm_obs: bool = True  # [Trick 3] observations shifted and scaled to mean 0, deviation 1
@@ -322,7 +322,7 @@ class Data:
 
     def windows(self, batch_size: int, context_length: int):
         """B windows of K steps: (to_go, obs, actions, steps), each (B, K, …), and which are real, (B, K)."""
-        # Windows begin at any step; none begins before its episode, so first steps are seen less often.
+        # Step 0 of an episode is in one possible window only, step K − 1 and all later ones in K of them.
         first = torch.randint(len(self.to_go), (batch_size, 1)).to(self.ends.device)  # (B, 1)
         rows = first + torch.arange(context_length, device=first.device)  # (B, K)
         real = rows < self.ends[first]
@@ -345,7 +345,7 @@ def action_loss(outputs, actions, real, discrete):
 
 
 def action_error(outputs, actions, real, discrete):
-    """Share of likeliest actions that are wrong, or the mean distance. Arguments: those of action_loss."""
+    """Share of actions other than in the data, or the mean distance. Arguments: those of action_loss."""
     if discrete:
         return (outputs.argmax(-1) != actions.argmax(-1))[real].float().mean()
     return (outputs - actions).abs().mean(-1)[real].mean()
@@ -413,7 +413,7 @@ def train(args: Args) -> dict:
             # [Trick 5] Ever smaller steps average the noise of the batches away (common practice).
             # Ablate: --no-anneal-lr
             learning_rate *= (args.total_updates - run.step) / (args.total_updates - args.warmup_updates)
-        optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.param_groups[0]["lr"] = learning_rate  # known from the step: nothing of it is to be saved
         optimizer.zero_grad()
         loss.backward()
         # [Trick 2] One odd batch must not throw the agent off (the authors' code). Ablate: --max-grad-norm 0
@@ -670,7 +670,7 @@ def parse_args() -> Args:
         return args
     try:
         saved = json.loads((Path(folder) / "args.json").read_text())
-        del saved["versions"]
+        made_by = saved.pop("versions").get(Path(__file__).name)
         saved |= {"resume": None, "evaluate": None}
         if args.evaluate:
             saved |= {"capture_video": False, "track": False}
@@ -683,7 +683,16 @@ def parse_args() -> Args:
     # To make module:id imports the module, and imports run code: a file from a stranger must not choose it.
     if module and not module.startswith("envs.") and args.env_id == defaults.env_id != named:
         fail(f"the run's environment runs code of the module {module}: allow it with --env-id {args.env_id}")
+    if made_by != script_version():
+        print(f"note: this {Path(__file__).name} is not the text that made {folder}", file=sys.stderr)
     return args
+
+
+def script_version() -> str:
+    """Another one for every change of this file: a copy that acts otherwise must not do so unnoticed."""
+    import hashlib
+
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 
 
 def read_command_line(defaults: Args) -> Args:
@@ -714,6 +723,8 @@ def check_args(args: Args) -> None:
     for name, about in Args.__dataclass_fields__.items():  # words, and what is on or off
         value = getattr(args, name)
         kinds = getattr(about.type, "__args__", (about.type,))
+        if {int, float} & {*kinds} and name not in RANGES:
+            fail(f"RANGES does not say what --{name.replace('_', '-')} may be: smallest and largest value")
         listed = [kind for kind in kinds if isinstance(kind, str)]
         fits = value in listed if listed else name in RANGES or isinstance(value, kinds)
         if not fits:
@@ -900,6 +911,7 @@ def open_folder(args: Args) -> tuple[Path, IO]:
     default = "runs/" + name.replace("/", "-").replace(":", "-")
     run_dir = Path(args.resume or args.run_dir or default)
     versions = {name: version(name) for name in ("torch", "gymnasium", "numpy") if name in sys.modules}
+    versions[Path(__file__).name] = script_version()
     saved = asdict(args) | {"resume": None, "evaluate": None, "versions": versions}
     try:
         copy = 1

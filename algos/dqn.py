@@ -183,7 +183,7 @@ class ReplayMemory(nn.Module):
 
     def __init__(self, buffer_size: int, obs_dim: int) -> None:
         super().__init__()
-        # As buffers of a module these tensors are in its state_dict: a checkpoint holds the memory, too.
+        # Buffers of a module are in its state_dict, so in checkpoints; mere attributes --resume would lose.
         self.register_buffer("obs", torch.zeros(buffer_size, obs_dim))
         self.register_buffer("actions", torch.zeros(buffer_size, dtype=torch.int64))
         self.register_buffer("rewards", torch.zeros(buffer_size))
@@ -298,7 +298,7 @@ def train(args: Args) -> dict:
         if args.anneal_lr:
             # [Trick 6] Ever smaller steps let the values settle. Ablate: --no-anneal-lr
             learning_rate *= 1 - (run.step - N) / args.total_timesteps
-        optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.param_groups[0]["lr"] = learning_rate  # known from the step: nothing of it is to be saved
         due = run.step // args.train_frequency * args.gradient_steps  # minibatches by now
         batches = memory.sample(due - updates, args.batch_size) if due > updates else []
         for b_obs, b_actions, b_rewards, b_next_obs, b_terminated in batches:
@@ -462,7 +462,7 @@ def parse_args() -> Args:
         return args
     try:
         saved = json.loads((Path(folder) / "args.json").read_text())
-        del saved["versions"]
+        made_by = saved.pop("versions").get(Path(__file__).name)
         saved |= {"resume": None, "evaluate": None}
         if args.evaluate:
             saved |= {"capture_video": False, "track": False}
@@ -475,7 +475,16 @@ def parse_args() -> Args:
     # To make module:id imports the module, and imports run code: a file from a stranger must not choose it.
     if module and not module.startswith("envs.") and args.env_id == defaults.env_id != named:
         fail(f"the run's environment runs code of the module {module}: allow it with --env-id {args.env_id}")
+    if made_by != script_version():
+        print(f"note: this {Path(__file__).name} is not the text that made {folder}", file=sys.stderr)
     return args
+
+
+def script_version() -> str:
+    """Another one for every change of this file: a copy that acts otherwise must not do so unnoticed."""
+    import hashlib
+
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 
 
 def read_command_line(defaults: Args) -> Args:
@@ -506,6 +515,8 @@ def check_args(args: Args) -> None:
     for name, about in Args.__dataclass_fields__.items():  # words, and what is on or off
         value = getattr(args, name)
         kinds = getattr(about.type, "__args__", (about.type,))
+        if {int, float} & {*kinds} and name not in RANGES:
+            fail(f"RANGES does not say what --{name.replace('_', '-')} may be: smallest and largest value")
         listed = [kind for kind in kinds if isinstance(kind, str)]
         fits = value in listed if listed else name in RANGES or isinstance(value, kinds)
         if not fits:
@@ -692,6 +703,7 @@ def open_folder(args: Args) -> tuple[Path, IO]:
     default = "runs/" + name.replace("/", "-").replace(":", "-")
     run_dir = Path(args.resume or args.run_dir or default)
     versions = {name: version(name) for name in ("torch", "gymnasium", "numpy") if name in sys.modules}
+    versions[Path(__file__).name] = script_version()
     saved = asdict(args) | {"resume": None, "evaluate": None, "versions": versions}
     try:
         copy = 1

@@ -88,7 +88,7 @@ class Args:
     # environment
     env_id: str = "ALE/SpaceInvaders-v5"  # Atari game; SpaceInvadersNoFrameskip-v4 is the same
     num_envs: int = 8  # N, environments stepped together
-    sticky_actions: float = 0.0  # share of frames that repeat the previous action; 0.25 is usual
+    sticky_actions: float = 0.0  # share of frames that repeat the last action; v5 by itself has 0.25
     # algorithm
     total_timesteps: int = 1_000_000  # budget: steps of all environments together, 4 frames each
     learning_rate: float = 1e-4  # Adam's step size
@@ -460,7 +460,7 @@ def has_bf16(device: torch.device) -> bool:
 def to_tensors(arrays, device: torch.device) -> list[torch.Tensor]:
     """NumPy arrays as tensors on the device."""
     tensors = [torch.from_numpy(array) for array in arrays]
-    if device.type == "cuda":  # from pinned memory the copy runs while Python goes on
+    if device.type != "cpu":  # from pinned memory the copy runs while Python goes on
         tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
     return tensors
 
@@ -539,7 +539,7 @@ def parse_args() -> Args:
         return args
     try:
         saved = json.loads((Path(folder) / "args.json").read_text())
-        del saved["versions"]
+        made_by = saved.pop("versions").get(Path(__file__).name)
         saved |= {"resume": None, "evaluate": None}
         if args.evaluate:
             saved |= {"capture_video": False, "track": False}
@@ -552,7 +552,16 @@ def parse_args() -> Args:
     # To make module:id imports the module, and imports run code: a file from a stranger must not choose it.
     if module and not module.startswith("envs.") and args.env_id == defaults.env_id != named:
         fail(f"the run's environment runs code of the module {module}: allow it with --env-id {args.env_id}")
+    if made_by != script_version():
+        print(f"note: this {Path(__file__).name} is not the text that made {folder}", file=sys.stderr)
     return args
+
+
+def script_version() -> str:
+    """Another one for every change of this file: a copy that acts otherwise must not do so unnoticed."""
+    import hashlib
+
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 
 
 def read_command_line(defaults: Args) -> Args:
@@ -583,6 +592,8 @@ def check_args(args: Args) -> None:
     for name, about in Args.__dataclass_fields__.items():  # words, and what is on or off
         value = getattr(args, name)
         kinds = getattr(about.type, "__args__", (about.type,))
+        if {int, float} & {*kinds} and name not in RANGES:
+            fail(f"RANGES does not say what --{name.replace('_', '-')} may be: smallest and largest value")
         listed = [kind for kind in kinds if isinstance(kind, str)]
         fits = value in listed if listed else name in RANGES or isinstance(value, kinds)
         if not fits:
@@ -769,6 +780,7 @@ def open_folder(args: Args) -> tuple[Path, IO]:
     default = "runs/" + name.replace("/", "-").replace(":", "-")
     run_dir = Path(args.resume or args.run_dir or default)
     versions = {name: version(name) for name in ("torch", "gymnasium", "numpy") if name in sys.modules}
+    versions[Path(__file__).name] = script_version()
     saved = asdict(args) | {"resume": None, "evaluate": None, "versions": versions}
     try:
         copy = 1

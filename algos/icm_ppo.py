@@ -10,14 +10,14 @@ What should the model predict? Features φ: numbers computed from an observation
     raw      the observation itself. Nothing is overlooked, but all of it counts alike, noise as much as
              news, and of a picture every pixel has to be predicted.
     random   outputs of a network whose random weights stay as they are: fewer numbers than a picture has
-             pixels, and the same ones for the whole run. They are mixtures of all that is seen, noise too.
+             pixels, whose meaning stays the same. But they are mixtures of all that is seen, noise too.
     inverse  outputs of a network that learns. A second model, the inverse model, guesses from φ(s_t) and
              φ(s_{t+1}) which action was taken, and its loss trains φ. So φ comes to hold what actions
              change, and the rest has no reason to enter. This is ICM, the intrinsic curiosity module.
 Each has its weakness. What chance decides is never predicted, however often it is seen: with raw or random
 features a noisy television, pictures of pure chance, pays for ever. Inverse features have no reason to keep
-noise that comes by itself, though at first they hold some; but if the agent has a remote control, the noise
-is an effect of its actions. They may also miss what matters but depends on no action. README.md shows all.
+noise that comes by itself, though at first they hold some; but if a remote control lets the agent change the
+picture, they keep it. They may also miss what matters but depends on no action. README.md has measurements.
 
 Pseudo-code
     watch a random policy, to know the scale of the observations
@@ -46,7 +46,7 @@ Equations; those of rnd_ppo.py but for (9), (11) and (16)
     (16) L_g = −mean ln g(a_t | φ(x_t), φ(x_{t+1}))          loss of g, the inverse model; trains g and φ
 
 Where an episode ends, s_{t+1} of (11) and (16) is the observation before the reset: no action leads from one
-episode into the next. Only the returns of the intrinsic reward go on across endings, as in rnd_ppo.py.
+episode into the next. Only u and the intrinsic returns go on across endings, as in rnd_ppo.py.
 
 Symbols
     s, a, r   observation, action, reward          T, N      num_steps, num_envs
@@ -58,12 +58,12 @@ Symbols
     φ, j, F   features, one of them, their number  c_E, c_I  ext_coef, int_coef
     f, g      forward model, inverse model         m, β      memory, --memory: how slowly it fades
     e, i, u   error, intrinsic reward, past errors
-Departures from the paper: its e trains φ, too; here, as in the large study, it does not, for features that
-never change are the easiest to predict. So each parameter learns from one of three losses only, L_g, mean e
-or PPO's, and (9) needs no coefficients for them: an Adam step hardly depends on the scale of its loss. φ sees
+Departures from the paper: its e trains φ, too. Here, as in the large study (see References), it does not:
+features that never change are the easiest to predict. So each parameter learns from one loss only: L_g, mean
+e or that of PPO, and (9) needs no coefficients for them: Adam's steps hardly depend on a loss's scale. φ sees
 one frame instead of four. PPO takes the place of A3C. Two values, returns across endings, the memory, and
 (13), by which the rewards of all three kinds of features have one size, come from rnd_ppo.py.
-Evaluation samples its actions, as in rnd_ppo.py, which says why.
+Evaluation samples its actions, as in rnd_ppo.py, which says why. Tricks 10 and 11 are our own ideas.
 References: ICM https://arxiv.org/abs/1705.05363, the large study https://arxiv.org/abs/1808.04355
 
 Read first: rnd_ppo.py (it has the reasons for all that is only named here).
@@ -74,8 +74,8 @@ Run: python algos/icm_ppo.py
      python algos/icm_ppo.py --env-id envs.noisy_tv:NoisyTV-v0 --total-timesteps 143360 --num-envs 32 \
          --num-minibatches 8 --update-epochs 2 --learning-rate 1e-3 --memory 0 --int-coef 1 --phi-scale 1 \
          --int-fraction 0
-Expect: on Pyramids a mean episodic return of 1.78, 1.82 and 1.76 after 3M steps (seeds 1, 2, 3), in 19
-minutes. DoorKey-8x8 ends at 0.97 three times, MultiRoom-N4-S5 after two million at 0.74, 0.74 and 0.60.
+Expect: on Pyramids a mean episodic return of 1.78, 1.82 and 1.76 after 3M steps (seeds 1, 2, 3), in 18 to
+19 minutes. DoorKey-8x8 ends at 0.97 three times, MultiRoom-N4-S5 after two million at 0.74, 0.74 and 0.60.
 """
 
 import difflib
@@ -243,8 +243,8 @@ class Agent(nn.Module):
                     nn.init.zeros_(layer.bias)
         if features == "inverse":
             # [Trick 10] Random weights put all that is seen into φ, and training hardly removes what a guess
-            # does not need. Begun near 0, φ takes up only what helps a guess (ours); in the maze of the noisy
-            # television that takes too long. Ablate: --phi-scale 1
+            # does not need. Begun near 0, φ takes up only what helps a guess (our own idea). It grows slowly,
+            # too slowly for short runs in the noisy television's maze. Ablate: --phi-scale 1
             self.phi[-1].weight.data *= phi_scale
         else:
             self.phi.requires_grad_(False)
@@ -306,7 +306,7 @@ def train(args: Args) -> dict:
     truncated = np.zeros((T, N), dtype=bool)
     never = np.zeros((T, N), dtype=bool)  # curiosity does not end
     carry = np.resize(np.float32(run.extra.get("carry", 0.0)), N)  # u_{t−1} of (12), (N,): saved, or zeros
-    visited = np.zeros((N, getattr(envs.unwrapped, "NUM_CELLS", 0)), dtype=bool)  # cells of Pyramids' maze
+    visited = np.zeros((N, getattr(envs.unwrapped, "NUM_CELLS", 0)), dtype=bool)  # cells of a maze, or none
     if not args.resume:  # watch a random policy, with seeds of its own: 2
         envs.reset(seed=env_seeds(N, args.seed, 2))
         for _ in range(args.init_steps):
@@ -394,7 +394,7 @@ def train(args: Args) -> dict:
         if args.anneal_lr:
             # [Trick 2] Ever smaller steps let the policy settle (OpenAI's code). Ablate: --no-anneal-lr
             learning_rate *= 1 - (run.step - args.batch_size) / args.total_timesteps
-        optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.param_groups[0]["lr"] = learning_rate  # known from the step: nothing of it is to be saved
         for _ in range(args.update_epochs):
             order = torch.randperm(args.batch_size).to(device)
             for rows in order.split(minibatch_size):  # (B,)
@@ -682,7 +682,7 @@ def check_spaces(args: Args, envs: gym.vector.VectorEnv) -> None:
         fail(f"{args.env_id} has integer states, this script reads vectors: use q_learning.py")
     images = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) > 1
     if images and not args.env_id.startswith("ALE/"):
-        fail(f"{args.env_id} has images, this script reads vectors: dqn_atari.py plays Atari games")
+        fail(f"{args.env_id} has images; of those this script, like dqn_atari.py, plays games named ALE/…")
     if isinstance(action_space, gym.spaces.Box):
         fail(f"{args.env_id} has continuous actions: use a2c_continuous.py or ppo_continuous.py")
     discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
@@ -695,7 +695,7 @@ def check_spaces(args: Args, envs: gym.vector.VectorEnv) -> None:
 
 
 def load_policy(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, device: torch.device):
-    """The sampling policy of a run, observations (N, C, …) -> actions (N,), and its checkpoint."""
+    """The sampling policy: observations (N, 2, D) or (N, 4, 84, 84) -> actions (N,), and its checkpoint."""
     agent = make_agent(args, envs, device)
     checkpoint = load_checkpoint(run_dir, agent=agent)
     torch.manual_seed(args.seed)  # each evaluation draws the same actions
@@ -723,7 +723,7 @@ def parse_args() -> Args:
         return args
     try:
         saved = json.loads((Path(folder) / "args.json").read_text())
-        del saved["versions"]
+        made_by = saved.pop("versions").get(Path(__file__).name)
         saved |= {"resume": None, "evaluate": None}
         if args.evaluate:
             saved |= {"capture_video": False, "track": False}
@@ -736,7 +736,16 @@ def parse_args() -> Args:
     # To make module:id imports the module, and imports run code: a file from a stranger must not choose it.
     if module and not module.startswith("envs.") and args.env_id == defaults.env_id != named:
         fail(f"the run's environment runs code of the module {module}: allow it with --env-id {args.env_id}")
+    if made_by != script_version():
+        print(f"note: this {Path(__file__).name} is not the text that made {folder}", file=sys.stderr)
     return args
+
+
+def script_version() -> str:
+    """Another one for every change of this file: a copy that acts otherwise must not do so unnoticed."""
+    import hashlib
+
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 
 
 def read_command_line(defaults: Args) -> Args:
@@ -767,6 +776,8 @@ def check_args(args: Args) -> None:
     for name, about in Args.__dataclass_fields__.items():  # words, and what is on or off
         value = getattr(args, name)
         kinds = getattr(about.type, "__args__", (about.type,))
+        if {int, float} & {*kinds} and name not in RANGES:
+            fail(f"RANGES does not say what --{name.replace('_', '-')} may be: smallest and largest value")
         listed = [kind for kind in kinds if isinstance(kind, str)]
         fits = value in listed if listed else name in RANGES or isinstance(value, kinds)
         if not fits:
@@ -953,6 +964,7 @@ def open_folder(args: Args) -> tuple[Path, IO]:
     default = "runs/" + name.replace("/", "-").replace(":", "-")
     run_dir = Path(args.resume or args.run_dir or default)
     versions = {name: version(name) for name in ("torch", "gymnasium", "numpy") if name in sys.modules}
+    versions[Path(__file__).name] = script_version()
     saved = asdict(args) | {"resume": None, "evaluate": None, "versions": versions}
     try:
         copy = 1

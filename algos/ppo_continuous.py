@@ -1,7 +1,7 @@
 r"""PPO with continuous actions: forces and angles instead of buttons, robots instead of poles.
 
 Each action is drawn from a normal distribution, as in a2c_continuous.py. The policy is improved as in ppo.py:
-several epochs on each batch, with an objective that gains nothing once an action's density has moved too far.
+several epochs on each batch. Nothing is gained by making an action much likelier or rarer than it was.
 
 Pseudo-code
     repeat until the budget is spent:
@@ -72,10 +72,10 @@ Run: python algos/ppo_continuous.py
      python algos/ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 50000 --num-envs 4 \
          --num-steps 512 --num-minibatches 16 --learning-rate 2e-3 --gamma 0.95 --gae-lambda 0.85 \
          --clip-coef 0.3 --log-std-init 0 --no-norm-obs
-Expect: episodic returns after 1M steps (seeds 1, 2, 3; --eval-episodes 20): MuJoCo's cheetah 5,620, 7,114,
-4,427, the one-legged hopper 3,336, 3,426, 3,227, the walker 2,333, 2,904, 4,493, the ant 2,227, 1,781, 2,110;
-each in 8 to 44 minutes beside other runs. After 2M steps BipedalWalker has 287, 305, 287, in 16 to 21
-minutes, PyBullet's ant 3,155, 3,051, 2,999, in 24 to 32. The pendulum has −148, −156, −163 after 50,000
+Expect: episodic returns after 1M steps (seeds 1 / 2 / 3; --eval-episodes 20): MuJoCo's cheetah 5620 / 7114 /
+4427, the one-legged hopper 3336 / 3426 / 3227, the walker 2333 / 2904 / 4493, the ant 2227 / 1781 / 2110,
+each in 8 to 44 minutes with other runs on the machine. After 2M steps BipedalWalker has 287 / 305 / 287 in 16
+to 21 minutes, PyBullet's ant 3155 / 3051 / 2999 in 24 to 32. The pendulum: −148 / −156 / −163 after 50,000
 steps, in 15 seconds.
 """
 
@@ -126,14 +126,14 @@ class Args:
     clip_coef: float = 0.2  # ε, how far the ratio may move
     ent_coef: float = 0.0  # c_H, bonus for a policy that keeps its choices open
     vf_coef: float = 0.5  # c_V, weight of the value loss
-    log_std_init: float = -0.5  # logarithm of the first σ; with gSDE of σ_ij
+    log_std_init: float = -0.5  # logarithm of the first σ; with --use-sde of σ_ij: then try -2
     ortho_init: bool = True  # [Trick 1] orthogonal initial weights
     anneal_lr: bool = True  # [Trick 2] learning rate falls linearly to 0
     norm_obs: bool = True  # [Trick 3] observations shifted and scaled to mean 0, deviation 1
     norm_reward: bool = True  # [Trick 4] rewards divided by the deviation of their discounted sums
     max_grad_norm: float = 0.5  # [Trick 5] longest gradient that is followed; 0 for no limit
     use_sde: bool = False  # [Trick 6] noise that is a function of the state, held for some steps
-    sde_sample_freq: int = 4  # steps for which it is held; -1: a whole rollout
+    sde_sample_freq: int = 4  # steps for which it is held; -1 or 0: a whole rollout
     norm_adv: bool = True  # [Trick 7] advantages normalised within the minibatch
     clip_vloss: bool = False  # [Trick 8] value clipped like the ratio
     target_kl: float | None = None  # [Trick 9] end the epochs once the KL estimate exceeds this, in nats
@@ -178,7 +178,7 @@ class Noise(nn.Module):
 
     Independent noise makes a robot tremble, and most of it averages out. Here the noise is a linear function
     of the features φ(s), and its random matrix W is held for some steps: similar states get similar noise, so
-    the robot tries out whole movements. Ablate: --no-use-sde (where it is on)
+    the robot tries out whole movements. Try: --use-sde, or --no-use-sde in a2c_continuous.py, where it is on
 
     With gSDE, σ depends on the state: the policy can be sure of itself in one state and explore in another.
     Without, σ is one number for each part of an action: less to learn, and as much exploration everywhere.
@@ -232,12 +232,12 @@ class Agent(nn.Module):
         # A tiny last layer: the first actions are noise around 0, the middle of the bounds, in every state.
         actor = mlp(num_actions, last_gain=0.01)
         self.features = actor[:-1]  # (B, D) -> (B, |φ|)
-        self.mean = actor[-1]  # (B, |φ|) -> (B, |A|)
+        self.mean = actor[-1]  # (B, |φ|) -> (B, |A|); numpy_policy does the same and must change along
         self.critic = mlp(1, last_gain=1.0)  # (B, D) -> (B, 1) values
         self.noise = Noise(64, num_actions, args.log_std_init, args.use_sde)
         # [Trick 3] Angles, speeds and contacts come in different units; a network learns soonest from inputs
         # of one scale (https://arxiv.org/abs/2006.05990). Ablate: --no-norm-obs
-        limit = 10.0 if args.norm_obs else math.inf  # without updates norm_obs changes nothing
+        limit = 10.0 if args.norm_obs else math.inf  # never updated, norm_obs keeps mean 0 and scale 1
         self.norm_obs = RunningNorm(obs_dim, limit=limit)  # (11), defined below
         self.norm_return = RunningNorm(1, limit=math.inf)  # for [Trick 4]
 
@@ -372,10 +372,10 @@ def train(args: Args) -> dict:
         if args.anneal_lr:
             # [Trick 2] Ever smaller steps let the policy settle (OpenAI's code). Ablate: --no-anneal-lr
             learning_rate *= 1 - (run.step - args.batch_size) / args.total_timesteps
-        optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.param_groups[0]["lr"] = learning_rate  # known from the step: nothing of it is to be saved
         for epoch in range(args.update_epochs):
             if epoch == 0 or args.recompute_advantages:
-                # [Trick 10] The value network has learned in the last epoch, and now judges the same actions
+                # [Trick 10] In the epoch before, the value network learned; now it judges the same actions
                 # better (https://arxiv.org/abs/2006.05990). Ablate: --no-recompute-advantages
                 with torch.no_grad():
                     b_values = agent.critic(b_obs).squeeze(-1)  # (T*N, 1) -> (T*N,)
@@ -483,8 +483,8 @@ def make_agent(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> 
 def numpy_policy(agent: Agent):
     """The policy as a NumPy function: observations (N, D) -> features (N, |φ|), mean actions (N, |A|).
 
-    For speed only: for a few rows, nearly all of PyTorch's time is overhead. It is the policy of this moment:
-    on the CPU its arrays are views of the weights and follow the learning, from a GPU they are copies.
+    For speed only: for a few rows, nearly all of PyTorch's time is overhead. Make it anew for each rollout:
+    on the CPU its arrays are the weights themselves and follow the learning, from a GPU they are copies.
     """
     tensors = [agent.norm_obs.shift, agent.norm_obs.scale]
     for layer in (agent.features[0], agent.features[2], agent.mean):
@@ -629,7 +629,7 @@ def parse_args() -> Args:
         return args
     try:
         saved = json.loads((Path(folder) / "args.json").read_text())
-        del saved["versions"]
+        made_by = saved.pop("versions").get(Path(__file__).name)
         saved |= {"resume": None, "evaluate": None}
         if args.evaluate:
             saved |= {"capture_video": False, "track": False}
@@ -642,7 +642,16 @@ def parse_args() -> Args:
     # To make module:id imports the module, and imports run code: a file from a stranger must not choose it.
     if module and not module.startswith("envs.") and args.env_id == defaults.env_id != named:
         fail(f"the run's environment runs code of the module {module}: allow it with --env-id {args.env_id}")
+    if made_by != script_version():
+        print(f"note: this {Path(__file__).name} is not the text that made {folder}", file=sys.stderr)
     return args
+
+
+def script_version() -> str:
+    """Another one for every change of this file: a copy that acts otherwise must not do so unnoticed."""
+    import hashlib
+
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 
 
 def read_command_line(defaults: Args) -> Args:
@@ -673,6 +682,8 @@ def check_args(args: Args) -> None:
     for name, about in Args.__dataclass_fields__.items():  # words, and what is on or off
         value = getattr(args, name)
         kinds = getattr(about.type, "__args__", (about.type,))
+        if {int, float} & {*kinds} and name not in RANGES:
+            fail(f"RANGES does not say what --{name.replace('_', '-')} may be: smallest and largest value")
         listed = [kind for kind in kinds if isinstance(kind, str)]
         fits = value in listed if listed else name in RANGES or isinstance(value, kinds)
         if not fits:
@@ -859,6 +870,7 @@ def open_folder(args: Args) -> tuple[Path, IO]:
     default = "runs/" + name.replace("/", "-").replace(":", "-")
     run_dir = Path(args.resume or args.run_dir or default)
     versions = {name: version(name) for name in ("torch", "gymnasium", "numpy") if name in sys.modules}
+    versions[Path(__file__).name] = script_version()
     saved = asdict(args) | {"resume": None, "evaluate": None, "versions": versions}
     try:
         copy = 1

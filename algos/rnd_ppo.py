@@ -318,7 +318,7 @@ def train(args: Args) -> dict:
     truncated = np.zeros((T, N), dtype=bool)
     never = np.zeros((T, N), dtype=bool)  # novelty does not end
     carry = np.resize(np.float32(run.extra.get("carry", 0.0)), N)  # u_{t−1} of (12), (N,): saved, or zeros
-    visited = np.zeros((N, getattr(envs.unwrapped, "NUM_CELLS", 0)), dtype=bool)  # cells of Pyramids' maze
+    visited = np.zeros((N, getattr(envs.unwrapped, "NUM_CELLS", 0)), dtype=bool)  # cells of a maze, or none
     if not args.resume:  # watch a random policy, with seeds of its own: 2
         envs.reset(seed=env_seeds(N, args.seed, 2))
         for _ in range(args.init_steps):
@@ -394,7 +394,7 @@ def train(args: Args) -> dict:
         if args.anneal_lr:
             # [Trick 2] Ever smaller steps let the policy settle (OpenAI's code). Ablate: --no-anneal-lr
             learning_rate *= 1 - (run.step - args.batch_size) / args.total_timesteps
-        optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.param_groups[0]["lr"] = learning_rate  # known from the step: nothing of it is to be saved
         for _ in range(args.update_epochs):
             order = torch.randperm(args.batch_size).to(device)
             for rows in order.split(minibatch_size):  # (B,)
@@ -621,7 +621,7 @@ def check_spaces(args: Args, envs: gym.vector.VectorEnv) -> None:
         fail(f"{args.env_id} has integer states, this script reads vectors: use q_learning.py")
     images = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) > 1
     if images and not args.env_id.startswith("ALE/"):
-        fail(f"{args.env_id} has images, this script reads vectors: dqn_atari.py plays Atari games")
+        fail(f"{args.env_id} has images; of those this script, like dqn_atari.py, plays games named ALE/…")
     if isinstance(action_space, gym.spaces.Box):
         fail(f"{args.env_id} has continuous actions: use a2c_continuous.py or ppo_continuous.py")
     discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
@@ -634,7 +634,7 @@ def check_spaces(args: Args, envs: gym.vector.VectorEnv) -> None:
 
 
 def load_policy(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, device: torch.device):
-    """The sampling policy of a run, observations (N, C, …) -> actions (N,), and its checkpoint."""
+    """The sampling policy: observations (N, 2, D) or (N, 4, 84, 84) -> actions (N,), and its checkpoint."""
     agent = make_agent(args, envs, device)
     checkpoint = load_checkpoint(run_dir, agent=agent)
     torch.manual_seed(args.seed)  # each evaluation draws the same actions
@@ -662,7 +662,7 @@ def parse_args() -> Args:
         return args
     try:
         saved = json.loads((Path(folder) / "args.json").read_text())
-        del saved["versions"]
+        made_by = saved.pop("versions").get(Path(__file__).name)
         saved |= {"resume": None, "evaluate": None}
         if args.evaluate:
             saved |= {"capture_video": False, "track": False}
@@ -675,7 +675,16 @@ def parse_args() -> Args:
     # To make module:id imports the module, and imports run code: a file from a stranger must not choose it.
     if module and not module.startswith("envs.") and args.env_id == defaults.env_id != named:
         fail(f"the run's environment runs code of the module {module}: allow it with --env-id {args.env_id}")
+    if made_by != script_version():
+        print(f"note: this {Path(__file__).name} is not the text that made {folder}", file=sys.stderr)
     return args
+
+
+def script_version() -> str:
+    """Another one for every change of this file: a copy that acts otherwise must not do so unnoticed."""
+    import hashlib
+
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 
 
 def read_command_line(defaults: Args) -> Args:
@@ -706,6 +715,8 @@ def check_args(args: Args) -> None:
     for name, about in Args.__dataclass_fields__.items():  # words, and what is on or off
         value = getattr(args, name)
         kinds = getattr(about.type, "__args__", (about.type,))
+        if {int, float} & {*kinds} and name not in RANGES:
+            fail(f"RANGES does not say what --{name.replace('_', '-')} may be: smallest and largest value")
         listed = [kind for kind in kinds if isinstance(kind, str)]
         fits = value in listed if listed else name in RANGES or isinstance(value, kinds)
         if not fits:
@@ -892,6 +903,7 @@ def open_folder(args: Args) -> tuple[Path, IO]:
     default = "runs/" + name.replace("/", "-").replace(":", "-")
     run_dir = Path(args.resume or args.run_dir or default)
     versions = {name: version(name) for name in ("torch", "gymnasium", "numpy") if name in sys.modules}
+    versions[Path(__file__).name] = script_version()
     saved = asdict(args) | {"resume": None, "evaluate": None, "versions": versions}
     try:
         copy = 1

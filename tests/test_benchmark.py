@@ -117,6 +117,12 @@ def test_rally_is_won_by_who_goes_where_the_ball_will_be(looking_ahead):
     assert not losses if looking_ahead else -1 <= np.mean(losses, axis=0)[0] < -0.6
 
 
+def test_random_moves_cost_even_the_best_player_of_rally_something():
+    assert (rally.best_play(0.0, games=5) == 20).all()
+    assert 15 < rally.best_play(0.01, games=40).mean() < 20
+    assert rally.best_play(1.0, games=40).mean() < 1
+
+
 def test_the_table_of_the_chinese_readme_is_the_translated_one():
     between = re.compile(r"<!-- results: .*? -->\n(.*)\n<!-- end of results -->", flags=re.S)
     english, chinese = (

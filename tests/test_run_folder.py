@@ -942,6 +942,38 @@ def test_what_a_strangers_folder_wants_resumed_or_evaluated_is_not(name, tmp_pat
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+def test_another_text_than_the_one_that_made_a_run_says_so(name, tmp_path, monkeypatch, capfd):
+    """Who copies a script and changes its network gets other scores with the original, without an error."""
+    module = importlib.import_module(name)
+    module.open_folder(module.Args(run_dir=str(tmp_path / "run")))[1].close()
+    for flag in ("--evaluate", "--resume"):
+        monkeypatch.setattr(sys, "argv", [name, flag, str(tmp_path / "run")])
+        module.parse_args()
+        assert capfd.readouterr() == ("", "")
+        copy = tmp_path / f"{name}.py"
+        copy.write_text((ALGOS / f"{name}.py").read_text() + "# changed\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "__file__", str(copy))
+            module.parse_args()
+        out, err = capfd.readouterr()
+        assert out == "" and err == f"note: this {name}.py is not the text that made {tmp_path / 'run'}\n"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_new_number_without_a_range_is_refused(name, tmp_path, monkeypatch, capfd):
+    """A new flag takes no nonsense either: who adds a number to Args is told where its limits belong."""
+    module = importlib.import_module(name)
+    for kind in (float, int, int | None):
+        new = dataclasses.make_dataclass("Args", [("warmup", kind, 1)], bases=(module.Args,), frozen=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "Args", new)
+            with pytest.raises(SystemExit) as stopped:
+                module.check_args(new())
+        assert stopped.value.code == 2
+        assert "error: RANGES does not say what --warmup may be" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_no_room_left_is_a_line_and_the_old_file_stays(name, tmp_path, monkeypatch, capfd):
     module = importlib.import_module(name)
     path = tmp_path / "checkpoint.pt"
