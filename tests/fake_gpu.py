@@ -4,10 +4,10 @@
         train(args)                 # on the device DEVICE
     gpu.copies["to the GPU"], gpu.waits
 
-Every operation of PyTorch passes through `FakeGPU.__torch_dispatch__`, which does what a GPU would do:
-it refuses to mix tensors of both devices, it counts the copies between them, and it counts how often Python
-has to wait for a number. Since the CPU computes, the results are those of the CPU, bit for bit. What it
-cannot show: a GPU's own rounding, and its speed.
+Every operation of PyTorch passes through `FakeGPU.__torch_dispatch__`. It refuses what a GPU would refuse, to
+mix tensors of both devices, and the GPU's own random numbers, whose state no checkpoint has. It counts the
+copies between the devices, and how often Python has to wait for a number. Since the CPU computes, the results
+are those of the CPU, bit for bit. What it cannot show: a GPU's own rounding, and its speed.
 """
 
 import collections
@@ -108,6 +108,8 @@ class FakeGPU(TorchDispatchMode):
         elif of_gpu and any(tensor.dim() for tensor in of_cpu):  # a single number may come from the CPU
             shapes = [tuple(tensor.shape) for tensor in of_cpu]
             raise RuntimeError(f"{func}: tensors {shapes} of the CPU beside those of the GPU")
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise RuntimeError(f"{func} draws random numbers of the GPU: checkpoints have the CPU's state")
         masks = name in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_) and any(
             isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in args[1]
         )

@@ -1,5 +1,6 @@
 """share.py against a server on this machine that speaks the Hub's protocol: what goes, comes and fails."""
 
+import html
 import importlib
 import json
 import os
@@ -14,6 +15,7 @@ import tempfile
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import copy_block
 import hub_server
@@ -27,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / "algos" / "tools"
 sys.path.insert(0, str(TOOLS))
 import share  # noqa: E402
+import watch  # noqa: E402
 
 REPO = "me/agent"
 HOST = "alices-laptop-4711"
@@ -120,6 +123,19 @@ def algos(tmp_path):
     return tmp_path / "project" / "algos"
 
 
+def page(**changes) -> str:
+    """A page as watch.py writes it, without an episode. changes: to what it says of the run."""
+    about = {"name": "mine", "algo": "fake", "env_id": "CartPole-v1", "seed": 1, "steps": 10}
+    about |= {"command": "python algos/fake.py --sizes 64 32", "versions": {"torch": "2.13.0"}}
+    return watch.page([SimpleNamespace(about=about | changes)], [[]])
+
+
+def page_data(text: str) -> dict:
+    """What a page says of its run."""
+    (block,) = re.findall(r'<script type="application/json" class="run">(.*?)</script>', text, re.S)
+    return json.loads(block)
+
+
 def fake_run(folder: Path, **changes) -> Path:
     """A finished run of the fake. changes: to results.json."""
     folder.mkdir(parents=True)
@@ -127,8 +143,9 @@ def fake_run(folder: Path, **changes) -> Path:
     (folder / "args.json").write_text(json.dumps(ARGS))
     (folder / "results.json").write_text(json.dumps(RESULTS | changes))
     (folder / f"events.out.tfevents.1763740000.{HOST}.77.0").write_bytes(b"charts")
-    for name in ("policy.png", "replay.html", "replay.mp4", "notes.txt"):
+    for name in ("policy.png", "replay.mp4", "notes.txt"):
         (folder / name).write_bytes(name.encode())
+    (folder / "replay.html").write_bytes(page().encode())
     return folder
 
 
@@ -146,11 +163,14 @@ def tool(home, hub, algos, monkeypatch, capfd, caplog):
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(home / "work")
 
+    told = []  # of pages that did not go, by the last call
+
     def run(*argv, code: int = 0, token: str = hub_server.TOKEN, **environment) -> str:
         for name, value in {"HF_TOKEN": token, "FAKE": "", **environment}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", ["share.py", *map(str, argv)])
         capfd.readouterr()
+        told.clear()
         ended = 0
         try:
             share.main()
@@ -162,10 +182,13 @@ def tool(home, hub, algos, monkeypatch, capfd, caplog):
         errors = [line for line in err.splitlines() if line.startswith("error: ")]
         assert len(errors) == (code != 0), err
         others = [line for line in err.splitlines() if not line.startswith(("error: ", "no film: "))]
+        told.extend(line for line in others if line.startswith("no page: "))
+        others = [line for line in others if not line.startswith("no page: ")]
         assert all(" again in " in line for line in others), "nothing else is said"
         assert not caplog.records, "the package, too, says nothing: it would show addresses of uploads"
         return errors[0] if code else out
 
+    run.told = told
     return run
 
 
@@ -269,6 +292,26 @@ def test_no_byte_of_what_goes_tells_who_or_where(home, hub, tool, algos):
         ("HOME", ""),
         ("at:/srv/a,/srv/b", "at:a,b"),
         ('{"map": "/srv/m"}', '{"map": "m"}'),
+        ('{"f": "/srv/My Project/alice/ant.xml"}', '{"f": "ant.xml"}'),
+        ('["a", {"f": ["/srv/My Project/x", 1.5]}]', '["a", {"f": ["x", 1.5]}]'),
+        (json.dumps({"in": json.dumps({"f": "/srv/My Project/x"})}), json.dumps({"in": '{"f": "x"}'})),
+        ('{"/srv/My Project/x": 1}', '{"x": 1}'),
+        ('{"f": "\\u002fsrv/alice/x"}', '{"f": "x"}'),
+        ('{"f": "/srv/alice/x", "f": 1}', '{"f": "x", "f": 1}'),
+        ('{"map_name":"8x8", "名": 1e-3}', '{"map_name":"8x8", "名": 1e-3}'),
+        ('{"f": "/srv/alice/x"', '{"f": "x"'),
+        ("[" * 100_000 + '"/srv/alice/x"', "[" * 100_000 + '"x"'),
+        ("file:///srv/alice/robots/ant.xml", "ant.xml"),
+        ("file:///srv/My Project/ant.xml", "ant.xml"),
+        ("file://localhost/srv/alice/ant.xml", "ant.xml"),
+        ("file:////srv/alice/ant.xml", "ant.xml"),
+        ("file://WORK/maps/m.txt", "maps/m.txt"),
+        ("from file:///srv/alice/ant.xml, file:///srv/b", "from ant.xml, b"),
+        ('{"f": "file:///srv/My Project/ant.xml"}', '{"f": "ant.xml"}'),
+        ("sqlite:////srv/alice/tune.db", "tune.db"),
+        ("//srv/alice/x", "x"),
+        ("at //srv/alice/x, // no", "at x, // no"),
+        (' {"f": "/srv/My Project/x"}', '{"f": "x"}'),
         (3, 3),
         (None, None),
     ],
@@ -282,7 +325,7 @@ def test_paths_become_relative(value, wanted, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "file", ["README.md", "fake.py", "args.json", "checkpoint.pt", "events.out.tfevents.1.0"]
+    "file", ["README.md", "fake.py", "args.json", "replay.html", "checkpoint.pt", "events.out.tfevents.1.0"]
 )
 @pytest.mark.parametrize("secret", ["token", "key", "home", "machine"])
 def test_one_secret_and_nothing_is_sent(file, secret, tmp_path, monkeypatch, capsys):
@@ -296,12 +339,103 @@ def test_one_secret_and_nothing_is_sent(file, secret, tmp_path, monkeypatch, cap
         secret
     ]
     (tmp_path / file).write_bytes(b"\x00before" + text + b"behind")
-    if secret == "machine" and file.endswith((".md", ".py", ".json")):
-        share.find_secrets(tmp_path, None)  # a machine may be called ubuntu
+    if secret == "machine" and file.endswith((".md", ".py", ".pt")):
+        share.find_secrets(tmp_path, None)  # no words of this machine come into these
         return
     with pytest.raises(SystemExit) as stopped:
         share.find_secrets(tmp_path, "hf_secret")
     assert stopped.value.code == 2 and file in capsys.readouterr().err
+
+
+WRITERS = {
+    "as it is": lambda text: text,
+    "in args.json": lambda text: json.dumps({"f": text}, indent=2),
+    "in JSON within args.json": lambda text: json.dumps({"env_kwargs": json.dumps({"f": text})}),
+    "in JSON that a user typed": lambda text: json.dumps({"k": json.dumps({"f": text}, ensure_ascii=False)}),
+    "on the page": lambda text: page(name=text),
+    "in JSON on the page": lambda text: page(name=json.dumps({"f": text})),
+    "in the title of the page": html.escape,
+    "in the command on the card": lambda text: shlex.join(["--env-kwargs", json.dumps({"f": text})]),
+    "in the command on the page": lambda text: page(name=shlex.join(["--k", json.dumps({"f": text})])),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize(
+    "secret", ["/home/李明", "s3cret&more", 'say "<hi>"', "back\\slash", "it's mine, 李"]
+)
+def test_a_secret_is_found_as_files_write_it(secret, writer, tmp_path, monkeypatch, capsys):
+    """JSON and HTML write some letters in other ways, JSON within JSON twice so."""
+    monkeypatch.setenv("HOME" if secret.startswith("/") else "DB_PASSWORD", secret)
+    (tmp_path / "replay.html").write_text(WRITERS[writer]("nothing in here"))
+    share.find_secrets(tmp_path, None)
+    (tmp_path / "replay.html").write_text(WRITERS[writer](f"{secret}/maze.txt"))
+    with pytest.raises(SystemExit):
+        share.find_secrets(tmp_path, None)
+    assert "replay.html holds " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, secret",
+    [
+        ("MY_TOKEN", True),
+        ("AWS_SECRET", True),
+        ("PGPASSWORD", True),
+        ("DB_PASSWD", True),
+        ("DB_PASS", True),
+        ("ssh_passphrase", True),
+        ("SMTP_CREDENTIALS", True),
+        ("SOME_API_KEY", True),
+        ("SOME_APIKEY", True),
+        ("SIGNING_PRIVATE_KEY", True),
+        ("AWS_ACCESS_KEY_ID", True),
+        ("GITHUB_PAT", True),
+        ("MYSQL_PWD", True),
+        ("DATA_PATH", False),
+        ("PATTERN", False),
+        ("PWD", False),
+        ("KEYBOARD", False),
+    ],
+)
+def test_which_variables_are_secrets(name, secret, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(name, "12345-abc")
+    (tmp_path / "args.json").write_text('{"x": "12345-abc"}')
+    if secret:
+        with pytest.raises(SystemExit):
+            share.find_secrets(tmp_path, None)
+        assert f"the value of {name}" in capsys.readouterr().err
+    else:
+        share.find_secrets(tmp_path, None)
+    monkeypatch.setenv(name, "12345-a")  # less than 8 characters stand in files by chance
+    (tmp_path / "args.json").write_text('{"x": "12345-a"}')
+    share.find_secrets(tmp_path, None)
+
+
+def test_a_password_may_be_of_bytes_that_are_no_text(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DB_PASSWORD", os.fsdecode(b"s3cret\xffmore"))
+    (tmp_path / "fake.py").write_bytes(b"# nothing")
+    share.find_secrets(tmp_path, None)
+    (tmp_path / "fake.py").write_bytes(b"# s3cret\xffmore")
+    with pytest.raises(SystemExit):
+        share.find_secrets(tmp_path, None)
+    assert "DB_PASSWORD" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["agent", "torch", "actor", "brain", "archive", "python"])
+def test_a_machine_with_the_name_of_a_part_can_share(host, tmp_path, monkeypatch):
+    """Such words are in every checkpoint, in all charts, on all pages, whoever shares them."""
+    import torch
+    from torch.utils.tensorboard import SummaryWriter
+
+    monkeypatch.setattr(socket, "gethostname", lambda: host)
+    torch.save({"agent": {"actor.0.weight": torch.zeros(2)}}, tmp_path / "checkpoint.pt")
+    with SummaryWriter(tmp_path) as writer:
+        writer.add_scalar("charts/reward", 1.0, 1)
+    (events,) = tmp_path.glob("events.*")
+    events.rename(tmp_path / "events.out.tfevents.1.0")
+    (tmp_path / "args.json").write_text(json.dumps({"versions": {"torch": "2.13.0"}}))
+    (tmp_path / "replay.html").write_text(page())
+    share.find_secrets(tmp_path, None)
 
 
 def test_a_secret_in_the_users_own_script_stops_the_upload(home, hub, tool, algos):
@@ -448,6 +582,100 @@ def test_a_film_is_made_if_there_is_none_or_an_old_one(home, hub, tool):
     assert hub.files(REPO)["replay.mp4"] == b"a film" == (folder / "replay.mp4").read_bytes()
 
 
+def test_an_interruption_leaves_no_half_film(home, hub, tool, monkeypatch):
+    """The next share would take it, for it is newer than the checkpoint."""
+    folder = fake_run(home / "run")
+    os.utime(folder / "replay.mp4", (1, 1))
+    copy = shutil.copyfile
+
+    def broken_off(source, target):
+        if Path(target).parent == folder:
+            Path(target).write_bytes(b"a fi")
+            raise KeyboardInterrupt
+        return copy(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", broken_off)
+        patch.setattr(sys, "argv", ["share.py", str(folder), "--repo-id", REPO])
+        patch.setenv("HF_TOKEN", hub_server.TOKEN)
+        with pytest.raises(SystemExit):
+            share.main()
+    assert (folder / "replay.mp4").read_bytes() == b"replay.mp4"
+    assert (folder / "replay.mp4").stat().st_mtime == 1
+    assert not (folder / "tmp-replay.mp4").exists()
+    tool(folder, "--repo-id", REPO)
+    assert hub.files(REPO)["replay.mp4"] == b"a film" == (folder / "replay.mp4").read_bytes()
+
+
+def test_a_film_follows_no_link(home, hub, tool):
+    """A run folder from somebody else may hold links, also of the name that a film has while it is copied."""
+    folder = fake_run(home / "run")
+    (home / "diary").write_text("mine")
+    (folder / "replay.mp4").unlink()
+    (folder / "replay.mp4").symlink_to(home / "diary")
+    (folder / "tmp-replay.mp4").symlink_to(home / "diary")
+    os.utime(home / "diary", (1, 1))
+    tool(folder, "--repo-id", REPO)
+    assert (home / "diary").read_text() == "mine"
+    assert (folder / "replay.mp4").read_bytes() == b"a film" and not (folder / "replay.mp4").is_symlink()
+    assert not (folder / "tmp-replay.mp4").is_symlink()
+
+
+def test_the_page_goes_with_the_command_of_the_card(home, hub, tool):
+    """Else it would have the command as it was typed, with all paths. What is played stays byte for byte."""
+    folder = fake_run(home / "run")
+    options = {"file": "/srv/My Project/alice-project/maze.txt", "<&>": "it's"}
+    (folder / "args.json").write_text(json.dumps(ARGS | {"sizes": [json.dumps(options)]}))
+    typed = shlex.join(["python", "algos/fake.py", "--sizes", json.dumps(options)])
+    played = {
+        "pictures": ["UklGR/abc+/def//x==", "/9j/4AAQ"],
+        "charts": [{"title": "V(s)", "x": [0.1, None]}],
+    }
+    before = page(command=typed[:2000], map={"tiles": ["/srv/alice/x", "·"]})
+    assert "alice-project" in before
+    text = before.replace('"episodes":[]', '"episodes":' + json.dumps([played], separators=(",", ":")))
+    (folder / "replay.html").write_text(text)
+    tool(folder, "--repo-id", REPO)
+    sent = hub.files(REPO)["replay.html"].decode()
+    assert "alice" not in sent and "/srv" not in sent
+    data = page_data(sent)
+    assert data["command"] in hub.files(REPO)["README.md"].decode()
+    assert json.loads(shlex.split(data["command"])[-3]) == {"file": "maze.txt", "<&>": "it's"}
+    assert data["episodes"] == [played] and data["map"] == {"tiles": ["x", "·"]}
+    (block,) = re.findall(r'class="run">(.*?)</script>', sent, re.S)
+    (block_before,) = re.findall(r'class="run">(.*?)</script>', text, re.S)
+    assert not {"<", "&"} & set(block), "nothing in it can end the script tag"
+    assert sent.replace(block, "") == text.replace(block_before, ""), "all else is as it was"
+
+
+def test_a_page_without_paths_stays_byte_for_byte(home, hub, tool):
+    folder = fake_run(home / "run")
+    (folder / "replay.html").write_text(
+        page(command="python algos/fake.py --env-id CartPole-v1 --sizes 64 32 --seed 1", score="5 ± 1 <&>")
+    )
+    tool(folder, "--repo-id", REPO)
+    assert hub.files(REPO)["replay.html"] == (folder / "replay.html").read_bytes()
+    assert not tool.told
+
+
+@pytest.mark.parametrize("kind", ["old", "of two runs", "of another hand", "damaged", "no object", "no text"])
+def test_a_page_that_shows_something_else_stays_here(kind, home, hub, tool):
+    """One from before the last training would stand beside the new score."""
+    folder = fake_run(home / "run")
+    text = page()
+    two = re.sub(r"<script type=.*?</script>", lambda block: block[0] + block[0], text, flags=re.S)
+    shown = {"of two runs": two, "of another hand": "<p>/srv/alice", "damaged": text.replace('{"name"', "{")}
+    shown |= {"no object": re.sub(r'class="run">.*?<', 'class="run">[]<', text)}
+    (folder / "replay.html").write_bytes(shown.get(kind, text).encode() + b"\xff" * (kind == "no text"))
+    if kind == "old":
+        os.utime(folder / "replay.html", (1, 1))
+    tool(folder, "--repo-id", REPO)
+    assert "replay.html" not in hub.files(REPO)
+    (line,) = tool.told
+    wanted = "is older than q_table.npz" if kind == "old" else "is not as watch.py writes it"
+    assert wanted in line and f"watch.py {folder}" in line
+
+
 def test_without_a_film_a_run_goes_all_the_same(home, hub, tool):
     folder = fake_run(home / "run")
     (folder / "replay.mp4").unlink()
@@ -472,6 +700,15 @@ def test_the_scripts_are_told_which_module_is_allowed(home, hub, tool, algos):
     (folder / "replay.mp4").unlink()
     tool(folder, "--repo-id", REPO, "--env-id", "theirs:CartPole-v1", "--no-check")
     assert b"--env-id theirs:CartPole-v1" in hub.files(REPO)["replay.mp4"]
+
+
+def test_a_script_may_print_much(tmp_path):
+    """More than a pipe holds: the script would wait for a reader of stdout, this tool for its stderr."""
+    code = "import sys; print('x' * 200_000); print('bar 1', file=sys.stderr); print('the last line')"
+    tell = "import sys, share; print(share.start([sys.executable, '-c', sys.argv[1]]))"
+    command = [sys.executable, "-c", tell, code]
+    ended = subprocess.run(command, cwd=TOOLS, capture_output=True, text=True, timeout=60)
+    assert ended.stdout == "(0, 'the last line', 'bar 1')\n", ended.stderr
 
 
 def test_results_of_another_step_go_nowhere(home, hub, tool):
@@ -636,7 +873,7 @@ def test_the_login_of_the_hubs_own_command_will_do(home, hub, tool, monkeypatch)
     folder = fake_run(home / "run")
     tool(folder, "--repo-id", REPO, token="")
     assert len(hub.repositories[REPO].commits) == 2
-    (folder / "replay.html").write_text(f"<a {hub_server.TOKEN}>")
+    (folder / "replay.html").write_text(page(name=hub_server.TOKEN))
     assert "replay.html holds your token" in tool(folder, "--repo-id", REPO, token="", code=2)
     assert len(hub.repositories[REPO].commits) == 2
 
@@ -757,6 +994,8 @@ BAD_RUNS = {
     "no JSON": {"args.json": b"{"},
     "no object": {"results.json": b"[]"},
     "deep JSON": {"args.json": b"[" * 100_000},
+    "JSON that is nearly too deep": {"args.json": {"x": json.loads("[" * 600 + "]" * 600)}},
+    "a path that no system has": {"args.json": {"x": "~\0"}},
     "long JSON": {"args.json": {"x": "x" * 1_000_001}},
     "bytes": {"results.json": b"\xff\xfe\x00"},
     "an unknown script": {"results.json": {"algo": "theirs"}},

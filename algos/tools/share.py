@@ -16,9 +16,17 @@ What goes, in one commit
 
 What does not go: absolute paths (they become relative, or lose their folders), the name of this machine
 (TensorBoard puts it into the names of its files), the team at Weights & Biases. In the end all files are
-searched for your home folder, the name of the machine, your token, and all that the environment calls TOKEN,
-SECRET, PASSWORD or API_KEY: one find, and nothing is sent. Nor is the score a mere claim: the script plays
-the evaluation with the very files that go, and must come to the mean that results.json has.
+searched, also for the ways in which JSON, HTML and a shell write a text. One find, and nothing is sent:
+    your home folder and your token for the Hub
+    values of 8 characters or more of environment variables whose names contain TOKEN, SECRET, PASS,
+    CREDENTIAL, API_KEY, APIKEY, PRIVATE_KEY or ACCESS_KEY, or end in _PAT or _PWD, in capitals or not
+    the name of this machine: only in args.json, results.json, replay.html and the charts, for a checkpoint
+    has numbers, under names from the script; and not if the files in algos/ have such a word, like torch
+Names and folders of 4 characters or less are not searched for: they stand in long files by chance.
+
+The score is checked as well: the script evaluates the very files that go, and must reach the mean in
+results.json. A film or a page from before the last training shows another agent: the film is made anew, the
+page stays here, and a line says so.
 
 What a stranger's repository can do with --load: fill a folder of yours with at most 1 GB. Files are fetched
 by their names, and only those above that are data: no script and no page. None is executed or unpickled here,
@@ -31,6 +39,7 @@ arrived are not sent again.
 """
 
 import ast
+import html
 import io
 import json
 import os
@@ -58,6 +67,13 @@ DATA = {"args.json", "results.json", *CHECKPOINTS, "replay.mp4", "policy.png"}
 # Arguments that concern one machine or one person only, and what they become in a shared run.
 LOCAL = {"run_dir": None, "resume": None, "evaluate": None, "capture_video": False, "track": False}
 LOCAL |= {"wandb_entity": None}
+# Names of environment variables whose values must not go.
+SECRET = r"TOKEN|SECRET|PASS|CREDENTIAL|API_?KEY|PRIVATE_KEY|ACCESS_KEY|_PAT$|_PWD$"
+# Where a path of this machine begins in a text: at / or ~, or behind file:// or a scheme that names no host.
+# The slashes of ALE/Pong-v5 and of https://host/ begin none.
+PATH_BEGINS = r"(?:(?<!\w)(?:file://[^/\s]*|\w+://)/*(?=/)|(?<![\w./~:-])(?=[/~])|(?<=:)(?=[/~](?!/)))"
+# The data of replay.html; watch.py writes one such block for each run.
+PAGE_DATA = re.compile(r'(?<=<script type="application/json" class="run">)(.*?)(?=</script>)', re.DOTALL)
 MAX_BYTES = 10**9  # of all files of a repository that is fetched
 MAX_JSON = 10**6
 MAX_REQUESTS = 500  # of one command; a run needs about twenty
@@ -118,7 +134,7 @@ def read_json(path: Path, name: str) -> dict:
     try:
         if path.stat().st_size > MAX_JSON:
             raise ValueError(f"it is larger than {MAX_JSON:,} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = without_paths(json.loads(path.read_text(encoding="utf-8")))
         if not isinstance(value, dict):
             raise ValueError("it is no JSON object")
     except (OSError, ValueError, RecursionError) as error:
@@ -162,22 +178,68 @@ def write_stage(args: Args, run: SharedRun, stage: Path) -> None:
     (stage / "args.json").write_text(json.dumps(settings, indent=2))
     (stage / "results.json").write_text(json.dumps(without_paths(run.results), indent=2))
     shutil.copyfile(run.script, stage / run.script.name)
-    for name in ("policy.png", "replay.html"):
-        if (run.folder / name).is_file():
-            shutil.copyfile(run.folder / name, stage / name)
+    if (run.folder / "policy.png").is_file():
+        shutil.copyfile(run.folder / "policy.png", stage / "policy.png")
+    copy_page(run, settings, stage)
     # A name like events.out.tfevents.SECONDS.MACHINE.PROCESS.0 tells the machine. TensorBoard needs only its
     # beginning, and reads the files of a run in the order of their names.
     for number, path in enumerate(sorted(run.folder.glob(EVENTS + "*"))):
         begun = path.name.removeprefix(EVENTS).split(".")[0]
         shutil.copyfile(path, stage / f"{EVENTS}{begun if begun.isdecimal() else 0}.{number}")
-    # A film from before the last training shows another agent.
     film = run.folder / "replay.mp4"
-    if film.is_file() and film.stat().st_mtime >= (run.folder / run.checkpoint).stat().st_mtime:
+    if film.is_file() and not is_stale(film, run):
         shutil.copyfile(film, stage / film.name)
         play(args, run, stage)
     elif play(args, run, stage, film=True) and os.access(run.folder, os.W_OK):
-        shutil.copyfile(stage / film.name, film)
+        keep_film(stage / film.name, film)
     (stage / "README.md").write_text(model_card(args, run, settings, stage), encoding="utf-8")
+
+
+def is_stale(path: Path, run: SharedRun) -> bool:
+    """Whether a film or a page is from before the last training: then it shows another agent."""
+    return path.stat().st_mtime < (run.folder / run.checkpoint).stat().st_mtime
+
+
+def keep_film(made: Path, film: Path) -> None:
+    """Put a film into the run folder, whole or not at all: the next share would take half a film."""
+    temporary = film.with_name("tmp-" + film.name)
+    temporary.unlink(missing_ok=True)  # a stranger's folder may hold a link of that name
+    try:
+        shutil.copyfile(made, temporary)
+        os.replace(temporary, film)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def copy_page(run: SharedRun, settings: dict, stage: Path) -> None:
+    """Put replay.html into the stage, without paths. A page of another agent stays here; a line says so."""
+    page = run.folder / "replay.html"
+    if not page.is_file():
+        return
+    if is_stale(page, run):
+        reason = f"is older than {run.checkpoint}"
+    else:
+        try:
+            cleaned = clean_page(page.read_bytes().decode(), command_line(run.script, settings))
+            (stage / page.name).write_bytes(cleaned.encode())
+            return
+        except (ValueError, AttributeError, KeyError, RecursionError):
+            reason = "is not as watch.py writes it for one run"
+    again = shlex.join(["python", os.path.relpath(ALGOS / "tools" / "watch.py"), str(run.folder)])
+    print(f"no page: replay.html {reason}; to make it anew: {again}", file=sys.stderr)
+
+
+def clean_page(text: str, command: str) -> str:
+    """replay.html without paths. command: what the page shall show as the command of the training."""
+    before, block, after = PAGE_DATA.split(text)
+    data = json.loads(block)
+    # The page has the command as it was typed. What was played has no words of this machine, but pictures as
+    # text, in which slashes mean something else.
+    words = {name: part for name, part in data.items() if name != "episodes"}
+    data = without_paths(words) | {"command": command, "episodes": data["episodes"]}
+    block = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    # As watch.py does it: nothing in the data can end the script tag.
+    return before + block.replace("<", "\\u003c").replace("&", "\\u0026") + after
 
 
 def copy_checkpoint(run: SharedRun, stage: Path, with_training_state: bool) -> int:
@@ -220,15 +282,24 @@ def without_paths(value):
     """A JSON value in which no path is absolute: what lies below the working folder or the project is written
     from there, and of other paths only the last name stays."""
     if isinstance(value, dict):
-        return {name: without_paths(part) for name, part in value.items()}
+        return {without_paths(name): without_paths(part) for name, part in value.items()}
     if isinstance(value, list):
         return [without_paths(part) for part in value]
     if not isinstance(value, str):
         return value
-    if value.startswith(("/", "~")):
-        return relative(value)
-    # A path inside of a longer text, as in JSON. The slashes of ALE/Pong-v5 and of https:// begin none.
-    return re.sub(r"(?<![\w./~-])[/~](?!/)[^\s\"',;]+", lambda match: relative(match[0]), value)
+    if value.lstrip().startswith(("{", "[")):
+        try:  # as in --env-kwargs: there a path ends with its string, and may hold spaces
+            held = json.loads(value)
+            cleaned = without_paths(held)
+            if cleaned != held:
+                return json.dumps(cleaned)
+        except (ValueError, RecursionError):
+            pass  # it only looked like JSON
+    begins = re.match(PATH_BEGINS, value)
+    if begins:
+        return relative(value[begins.end() :])
+    # A path inside of a longer text: taken to end at a space or a comma.
+    return re.sub(PATH_BEGINS + r"([/~]+[^/~\s\"',;][^\s\"',;]*)", lambda match: relative(match[1]), value)
 
 
 def relative(path: str) -> str:
@@ -268,36 +339,56 @@ def play(args: Args, run: SharedRun, stage: Path, film: bool = False) -> bool:
 
 def start(command: list[str]) -> tuple[int, str, str]:
     """Run a script and pass its progress bar on; returns its exit code, its last line, and its error."""
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
     error = ""
-    with subprocess.Popen(command, **options) as process:
-        for line in process.stderr:  # each state of the bar is a line
-            if line.strip():
-                error = line.strip().removeprefix("error: ")
-            if "%|" in line and sys.stderr.isatty():
-                print(f"\r{line.rstrip()}", end="", file=sys.stderr)
-        lines = process.stdout.read().splitlines()
+    # stdout goes into a file: a full pipe would hold the script up, while here its stderr is read to the end.
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
+        options = {"stdout": out, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+        with subprocess.Popen(command, **options) as process:
+            for line in process.stderr:  # each state of the bar is a line
+                if line.strip():
+                    error = line.strip().removeprefix("error: ")
+                if "%|" in line and sys.stderr.isatty():
+                    print(f"\r{line.rstrip()}", end="", file=sys.stderr)
+        out.seek(0)
+        lines = out.read().splitlines()
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)  # clears the line of the bar
     return process.returncode, lines[-1] if lines else "", error
 
 
 def find_secrets(stage: Path, token: str | None) -> None:
-    """End with one line if a file that would go holds a token, the home folder or the machine's name."""
+    """End with one line if a file that would go holds one of the secrets in the text at the top."""
     secrets = {str(Path.home()): "your home folder", os.path.realpath(Path.home()): "your home folder"}
     secrets |= {token: "your token"} if token else {}
     for name, value in os.environ.items():
-        if re.search(r"TOKEN|SECRET|PASSWORD|API_?KEY", name, flags=re.IGNORECASE) and len(value) >= 8:
+        if re.search(SECRET, name, flags=re.IGNORECASE) and len(value) >= 8:
             secrets.setdefault(value, f"the value of {name}")
-    machine = {socket.gethostname(): "the name of this machine"}
+    host = socket.gethostname()
+    # A machine may be called agent or torch. Words of these files stand in each run and tell nothing of it,
+    # nor does the beginning of TensorBoard's files.
+    ordinary = b"".join(path.read_bytes() for path in ALGOS.rglob("*.py")) + b"brain.Event:2"
+    machine = {} if as_bytes(host) in ordinary else {host: "the name of this machine"}
     for path in sorted(stage.iterdir()):
         data = path.read_bytes()
-        # Texts were cleaned above or written by hand: there a machine called ubuntu or torch is no secret.
-        is_text = path.suffix in (".md", ".py", ".json")
-        for secret, words in (secrets if is_text else secrets | machine).items():
+        may_name_it = path.suffix in (".json", ".html") or is_events(path.name)
+        for secret, words in (secrets | machine if may_name_it else secrets).items():
             # What is shorter stands in long files by chance, and a home folder may be just /.
-            if len(secret) > 4 and secret.encode() in data:
+            if len(secret) > 4 and any(as_bytes(form) in data for form in ways_to_write(secret)):
                 fail(f"{path.name} holds {words}: nothing is sent")
+
+
+def as_bytes(text: str) -> bytes:
+    """As in files; what is no text in an environment variable stays as it is."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def ways_to_write(secret: str) -> set[str]:
+    """A text as files may hold it: itself, in JSON, in a command, in JSON around these, in HTML."""
+    forms = {secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
+    forms |= {form.replace("'", "'\"'\"'") for form in forms}  # as shlex.join writes it
+    forms |= {json.dumps(form)[1:-1] for form in forms}
+    forms |= {html.escape(form) for form in forms}
+    return forms | {form.replace("<", "\\u003c").replace("&", "\\u0026") for form in forms}  # watch.py's JSON
 
 
 def upload(args: Args, hub, stage: Path) -> str:
