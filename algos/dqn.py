@@ -546,7 +546,7 @@ def check_args(args: Args) -> None:
 
 
 def setup_torch(args: Args) -> torch.device:
-    """Seed PyTorch and choose the device."""
+    """Seed PyTorch and choose the device. Draw random numbers from PyTorch only: just its state is saved."""
     torch.manual_seed(args.seed)
     # One thread unless the script has a flag: sharing out work this small takes longer than doing it.
     torch.set_num_threads(getattr(args, "num_threads", 1))
@@ -786,6 +786,7 @@ def evaluate(args: Args, run_dir: Path, device: torch.device) -> dict:
 
     Each environment plays one episode a round and waits for the others: to take the first episodes that end
     would favour short ones. A greedy policy may walk in circles for ever; MAX_EVAL_STEPS ends its episode.
+    A policy with a memory of its own would have to forget at each reset, here and in record_video.
     """
     check_args(args)
     for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left to be saved

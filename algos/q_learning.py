@@ -183,7 +183,7 @@ def train(args: Args) -> dict:
     rng = random.Random(args.seed)
     ties_rng = rng if args.random_ties else None
     # Run (below the line) counts, draws the charts and saves; with --resume it fills in what was saved.
-    run = Run(args, budget=args.total_episodes, q_table=q_table, visits=visits, rng=rng)
+    run = Run(args, budget=args.total_episodes, q_table=q_table, visits=visits, rng=rng)  # saves these
 
     errors = 0.0  # sum of |δ| since the last point of the charts
     logged_step = run.step
