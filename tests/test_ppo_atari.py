@@ -682,6 +682,20 @@ def test_a_backend_or_gpu_that_is_not_there_is_one_line(missing, words, monkeypa
     ppo_atari.check_settings(small(tmp_path, num_envs=4, num_minibatches=1, cuda=True))
 
 
+def test_one_process_evaluates(monkeypatch, tmp_path, capsys):
+    """Under torchrun all ranks would play, and write one film."""
+    for count in (2, 1):
+        for name, value in rank_environment(0, count, 1).items():
+            monkeypatch.setenv(name, value)
+        settings = small(tmp_path, num_envs=4, num_minibatches=1, evaluate=str(tmp_path))
+        if count == 1:
+            ppo_atari.check_settings(settings)
+            continue
+        with pytest.raises(SystemExit) as end:
+            ppo_atari.check_settings(settings)
+        assert end.value.code == 2 and "--evaluate is for one process" in capsys.readouterr().err
+
+
 # ---- what the learner is told ----
 
 
