@@ -141,7 +141,7 @@ def test_broken_promises_are_counted(monkeypatch, capsys):
     assert "exit code 2" in promises.one_line(2, "no\n")
     assert promises.one_line(2, "Traceback …\nKeyError: 3\n") == "a traceback: KeyError: 3"
     ppo = importlib.import_module("ppo")
-    monkeypatch.delitem(ppo.RANGES, "num_steps")
+    monkeypatch.setitem(ppo.RANGES, "num_steps", (-1, 1_000_000))
     monkeypatch.setattr(promises, "NONSENSE", ["-1"])
     table = promises.Table()
     promises.flags(table, promises.Options(scripts=("ppo",)))
