@@ -5,6 +5,7 @@ import json
 import math
 import signal
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -612,6 +613,16 @@ def test_impossible_graphs_are_refused(options, monkeypatch):
     monkeypatch.setattr("envs.graph.MAX_DRAWS", 100)
     with pytest.raises(ValueError):
         GraphEnv(**options)
+
+
+def test_an_impossible_large_graph_is_refused_in_seconds():
+    """A graph of 1000 nodes takes 10 ms to draw. Graphs of up to 20 nodes have as many tries as ever."""
+    began = time.process_time()
+    with pytest.raises(ValueError, match="of 100 graphs"):
+        GraphEnv(num_nodes=1000, edge_probability=0.003)
+    assert time.process_time() - began < 20
+    with pytest.raises(ValueError, match="of 100,000 graphs"):
+        GraphEnv(num_nodes=3, edge_probability=1e-9)
 
 
 def test_the_picture_shows_the_way():

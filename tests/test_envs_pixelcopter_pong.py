@@ -492,6 +492,45 @@ def test_bad_calls_are_refused(name, mode):
 
 
 @both
+def test_a_game_that_is_over_needs_a_reset(name):
+    """Or it would go on, with rewards of a match that has ended. The same before the first reset."""
+    env = make(name).unwrapped
+    with pytest.raises(ResetNeeded):
+        env.step(0)
+    env.reset(seed=0)
+    terminated = False
+    while not terminated:
+        last, _, terminated, _, _ = env.step(1)
+    for _ in range(2):
+        with pytest.raises(ResetNeeded):
+            env.step(1)
+    np.testing.assert_array_equal(env.game.observe()[0].astype(np.float32), last)
+    env.reset(seed=0)
+    assert not env.step(1)[2]
+
+
+def test_in_pong_the_agent_gets_faster_than_the_opponent():
+    """The numbers of the docstring: the agent gets to 4.4 px a frame, the opponent has 0.96."""
+    env = make("pong").unwrapped
+    env.reset(seed=0)
+    game = env.game
+    steps = []
+    for action in [0] * 30 + [1] * 30:
+        before = game.agent_y[0], game.opponent_y[0]
+        env.step(action)
+        steps.append((abs(game.agent_y[0] - before[0]), abs(game.opponent_y[0] - before[1])))
+    agent, opponent = np.array(steps).T
+    assert agent.max() == pytest.approx(4.44, abs=0.01)
+    assert agent[0] == pytest.approx(0.9 * 19.2 / 30) and agent[0] < opponent.max() < agent[1]
+    assert opponent.max() == pytest.approx(0.96)
+    # Without walls it would come close to 5.76, where u = 0.9 (u + P Δ).
+    game.agent_v[0] = 5.76
+    game.agent_y[0] = 24.0
+    env.step(1)
+    assert game.agent_v[0] == pytest.approx(5.76)
+
+
+@both
 def test_render_draws_what_the_observation_says(name):
     env = make(name, render_mode="rgb_array")
     envs = make_vec(name, 3, render_mode="rgb_array")

@@ -729,6 +729,20 @@ def test_the_walk_refuses(options):
         type(gym.make(WALK).unwrapped)(**options)
 
 
+@pytest.mark.parametrize("n", [1, 5])
+def test_a_walk_that_is_over_needs_a_reset(n):
+    env = gym.make(WALK, num_states=n).unwrapped
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step(0)
+    for seed in range(9):  # both ends
+        env.reset(seed=seed)
+        while not env.step(0)[2]:
+            pass
+        with pytest.raises(gym.error.ResetNeeded):
+            env.step(0)
+        assert env.state in (0, n + 1)
+
+
 def test_the_walk_has_one_action():
     env = gym.make(WALK).unwrapped
     env.reset(seed=0)

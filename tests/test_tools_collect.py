@@ -246,9 +246,34 @@ def test_a_crash_leaves_no_half_dataset(when, runs, root, monkeypatch, capfd):
             return result
 
         monkeypatch.setattr(Path, "rename", renamed)
-    with pytest.raises((KeyboardInterrupt, OSError)):
-        call(*arguments, "--overwrite", monkeypatch=monkeypatch, capfd=capfd)
+    if when == "move":
+        code, _, err = call(*arguments, "--overwrite", monkeypatch=monkeypatch, capfd=capfd)
+        assert code == 1 and "disk gone" in err and len(err.splitlines()) == 1
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            call(*arguments, "--overwrite", monkeypatch=monkeypatch, capfd=capfd)
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("what", ["root is a file", "file in the way", "read only"])
+def test_what_cannot_be_written_is_said_before_anybody_plays(what, runs, root, monkeypatch, capfd):
+    monkeypatch.setattr(collect, "play", lambda *_: pytest.fail("played in vain"))
+    if what == "root is a file":
+        root.write_text("")
+    else:
+        root.mkdir()
+        (root / "afile").write_text("")
+    if what == "read only":  # chmod would not stop the superuser
+        monkeypatch.setattr(collect.tempfile, "mkdtemp", refuse)
+    name = "afile/b-v0" if what == "file in the way" else "b-v0"
+    code, out, err = call(runs["ppo"], "--dataset-id", name, monkeypatch=monkeypatch, capfd=capfd)
+    lines = err.splitlines()
+    assert code == 1 and not out and len(lines) == 1 and lines[0].startswith("error: cannot "), err
+    assert list(root.parent.rglob("*")) == [root] + [root / "afile"] * (what != "root is a file")
+
+
+def refuse(*_, **__):
+    raise OSError(30, "Read-only file system")
 
 
 def test_bad_input_is_one_line(runs, root, tmp_path, monkeypatch, capfd):
@@ -266,7 +291,7 @@ def test_bad_input_is_one_line(runs, root, tmp_path, monkeypatch, capfd):
         *(["--random-share"], ["--seed", "-1"], ["--reference-episodes", "0"], ["--no-such-flag"]),
     ):
         refused(ppo, *name, *flags)
-    for bad in ("a", "../a-v0", "/tmp/a-v0", "a/../b-v0", "a b-v0", ""):
+    for bad in ("a", "../a-v0", "/tmp/a-v0", "a/../b-v0", "a b-v0", "a/b-v0", ""):
         refused(ppo, "--dataset-id", bad)
     assert "run folder" in refused(*name)
     assert "no folder" in refused(tmp_path / "nothing", *name)
@@ -294,6 +319,12 @@ def test_agents_that_see_something_else_are_refused(root, tmp_path, monkeypatch,
     run_dir = trained("decision_transformer", tmp_path / "dt", *few)
     code, _, err = call(run_dir, "--dataset-id", "a-v0", monkeypatch=monkeypatch, capfd=capfd)
     assert code == 2 and len(err.splitlines()) == 1 and "something else" in err
+    few = ("--env-id", "Blackjack-v1", "--env-kwargs", '{"sab": true}', "--total-episodes", 200)
+    run_dir = trained("sarsa", tmp_path / "bj", *few)
+    for run_dirs in ([run_dir], [run_dir, run_dir]):
+        code, _, err = call(*run_dirs, "--dataset-id", "a-v0", *FEW, monkeypatch=monkeypatch, capfd=capfd)
+        assert code == 2 and len(err.splitlines()) == 1, err
+        assert "sarsa.py shows its agent something else than Blackjack-v1 does" in err
     assert not list(root.rglob("*.hdf5"))
 
 

@@ -48,6 +48,8 @@ class Args:
     fast: bool = True
     naps: float = 0.0
     lucky: str = ""
+    floor: float = -1000.0
+    ceiling: float = 1000.0
     seed: int = 1
     run_dir: str = ""
 
@@ -64,6 +66,10 @@ def parse_args():
 def check_args(args):
     if args.env_id != "Fake-v0":
         print(f"error: cannot make the environment {args.env_id}", file=sys.stderr)
+        sys.exit(2)
+    if not args.floor <= args.x <= args.ceiling:
+        word = "too small" if args.x < args.floor else "too large"
+        print(f"error: --x {args.x} is {word}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -117,9 +123,9 @@ def command(script, *flags) -> list[str]:
     return [sys.executable, str(TUNE), str(script), *map(str, flags)]
 
 
-def run(script, *flags) -> subprocess.CompletedProcess:
-    """The tuner in this process, which saves a second of imports."""
-    words = [str(TUNE), str(script), *map(str, flags)]
+def run(*flags) -> subprocess.CompletedProcess:
+    """The tuner in this process, which saves a second of imports. The first flag is the script."""
+    words = [str(TUNE), *map(str, flags)]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     argv = sys.argv
     out, err = io.StringIO(), io.StringIO()
@@ -220,6 +226,17 @@ def test_the_table_fits_the_scripts(name):
         low, high = script.RANGES[field]
         assert all(low <= end <= high for end in ends), flag
         assert isinstance(defaults[field], int) == (kind in ("int", "pow2")), flag
+
+
+def test_a_flag_in_space_is_the_same_in_any_spelling():
+    for flag in ("learning-rate", "learning_rate", "--learning-rate", "--learning_rate"):
+        args = tune.Args(script="ppo", space=(f"{flag}=log:1e-3:1e-2",))
+        space = tune.make_space(args, Path("ppo.py"), ["--num_envs=8"])
+        assert space == {k: v for k, v in tune.SPACES["ppo"].items() if k != "num-envs"} | {
+            "learning-rate": "log:1e-3:1e-2"
+        }, flag
+    args = tune.Args(script="reinforce", space=("no-anneal-lr=choice:True:False",))
+    assert tune.make_space(args, Path("reinforce.py"), []) == tune.SPACES["reinforce"]
 
 
 # ---- the training curve ----
@@ -362,6 +379,22 @@ def test_the_same_command_goes_on_and_another_one_is_refused(study, fake):
         and "another command (flags)" in other.stderr
         and "Traceback" not in other.stderr
     )
+
+
+@pytest.mark.parametrize("bound", ["floor", "ceiling"])
+def test_a_corner_that_the_script_refuses_ends_no_study(fake, tmp_path, bound):
+    """The smallest x of the space does not fit to a flag that is given, or the largest one does not."""
+    folder = tmp_path / bound
+    flags = ["--space", "x=uniform:-7:13", "--total-timesteps", "40", "--trials", 8, "--finalists", 0]
+    done = run(fake, f"--{bound}", "3", *flags, "--sampler", "random", "--no-prune", "--study", folder)
+    assert done.returncode == 0, done.stderr
+    refused = [row for row in rows(folder) if (float(row["x"]) < 3) == (bound == "floor")]
+    assert 0 < len(refused) < 8
+    word = {"floor": "too small", "ceiling": "too large"}[bound]
+    for row in rows(folder):
+        assert row["state"] == ("fail" if row in refused else "complete")
+        reason = f"exit code 2, error: --x {float(row['x'])} is {word}"
+        assert row["error"] == (reason if row in refused else "")
 
 
 def test_what_lags_behind_is_pruned(fake, tmp_path):
@@ -550,6 +583,7 @@ def test_time_is_limited(fake, tmp_path):
 def test_bad_input_is_one_line(fake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     space = ["--space", "x=uniform:0:1"]
+    rate = ["--space", "learning_rate=log:1e-3:1e-2"]
     (tmp_path / "busy").mkdir()
     lock = open(tmp_path / "busy" / ".lock", "w")
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -562,15 +596,26 @@ def test_bad_input_is_one_line(fake, tmp_path, monkeypatch):
         "unrecognized arguments: --z": [fake, "--space", "z=uniform:0:1"],
         "it is none of": [fake, "--space", "x=normal:0:1"],
         "has no budget": ["decision_transformer", "--space", "learning-rate=uniform:0:1"],
-        "fixed and in --space": [fake, *space, "--x", "1"],
+        "--x is fixed and in --space": [fake, *space, "--x", "1"],
+        "--learning-rate is fixed and in --space": ["ppo", *rate, "--learning-rate", "5e-4"],
         "--run-dir is for single runs": [fake, *space, "--run-dir", "here"],
+        "--seed is for single runs": [fake, "--space", "seed=int:1:9"],
+        "--capture-video is for single runs": [fake, "--space", "--capture_video=choice:True:False"],
+        "--track is for single runs": [fake, *space, "--track"],
+        "--wandb-entity is for single runs": [fake, *space, "--wandb_entity=me"],
+        "--x -7.0 is too small. With the largest values: --x 13.0 is too large": [
+            *[fake, "--space", "x=uniform:-7:13", "--floor", "3", "--ceiling", "4"]
+        ],
+        "name the script first: tune.py ppo --env-id": ["--env-id", "CartPole-v1", "ppo"],
+        "name the script first": [],
+        "Error parsing --trials": ["--trials", "many", fake],
         "--trials 0": [fake, *space, "--trials", "0"],
         "--trials": [fake, *space, "--trials", "many"],
         "PostgreSQL": [fake, *space, "--storage", "sqlite:///study.db"],
         "cannot use --storage": [fake, *space, "--storage", "postgresql://nobody@localhost:1/none"],
     }
     for words, flags in cases.items():
-        done = run(*flags)
+        done = run(*flags, "--timeout", "0")  # what is accepted by mistake trains nothing
         assert done.returncode == 2, (flags, done.stderr)
         assert re.fullmatch("error: [^\n]*" + re.escape(words) + "[^\n]*\n", done.stderr), (
             flags,
@@ -585,6 +630,27 @@ def test_a_study_without_a_result_says_so(fake, tmp_path):
     assert "error: no trial has finished" in done.stderr
     assert [row["state"] for row in rows(tmp_path / "none")] == ["fail"] * 2
     assert "the roof fell down" in (tmp_path / "none" / "trial-0.log").read_text()
+
+
+def test_two_workers_may_write_the_report_at_once(tmp_path, monkeypatch):
+    """Two machines, one shared folder: while one of them writes, the other one does the same."""
+    path = tmp_path / "study.csv"
+    replace = os.replace
+    names = []
+
+    def other_worker_comes_between(temporary, target):
+        names.append(Path(temporary).name)
+        if len(names) < 3:  # as another process, then as another machine
+            monkeypatch.setattr(os, "getpid", lambda: 12345)
+            if len(names) == 2:
+                monkeypatch.setattr(tune.socket, "gethostname", lambda: "elsewhere")
+            tune.write_file(path, b"the same")
+        replace(temporary, target)
+
+    monkeypatch.setattr(os, "replace", other_worker_comes_between)
+    tune.write_file(path, b"the same")
+    assert path.read_bytes() == b"the same" and list(tmp_path.iterdir()) == [path]
+    assert len(set(names)) == 3
 
 
 def test_help_is_quick():

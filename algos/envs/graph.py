@@ -34,7 +34,7 @@ import numpy as np
 
 GREY, DARK, WHITE, GREEN = (110, 110, 110), (30, 30, 34), (255, 255, 255), (120, 240, 80)
 COLUMN, HEIGHT, RADIUS = 44, 320, 8  # of the picture, px
-MAX_DRAWS = 100_000  # graphs that are drawn before the options are said to be impossible
+MAX_DRAWS = 100_000  # graphs of up to 20 nodes that are drawn before the options are said to be impossible
 
 
 def distances_to(goal: int, arrows: np.ndarray) -> np.ndarray:
@@ -99,14 +99,16 @@ class GraphEnv(gym.Env[int, int]):
     def _draw(self, edge_probability: float, graph_seed: int) -> np.ndarray:
         """The first of the seed's graphs in which every node has a way to the goal in time."""
         rng = np.random.default_rng(graph_seed)
-        for _ in range(MAX_DRAWS):
+        # A large graph takes longer to draw: after so many, all sizes are refused within seconds.
+        draws = min(MAX_DRAWS, max(100, MAX_DRAWS * 400 // self.num_nodes**2))
+        for _ in range(draws):
             arrows = rng.random((self.num_nodes, self.num_nodes)) < edge_probability
             np.fill_diagonal(arrows, False)
             # The cheap half of the condition first: most graphs have a node that no arrow leaves.
             if arrows[1:].any(1).all() and distances_to(self.GOAL, arrows).max() <= self.max_steps:
                 arrows[self.GOAL] = False  # nobody leaves the goal
                 return arrows
-        raise ValueError(f"of {MAX_DRAWS:,} graphs, none had a way to the goal in time from every node")
+        raise ValueError(f"of {draws:,} graphs, none had a way to the goal in time from every node")
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -20,7 +20,7 @@ and this is a small one of the kind.
     #666#777#888#
     #############
 
-Observation, 105 float32: 89 zeros but for a one at the tile where the agent is; 16 pixels, 0 or 1.
+Observation, 105 float32: 89 numbers, 1 at the agent's tile and 0 at all others; 16 pixels, 0 or 1.
 Action:  0 stays, 1 goes up, 2 right, 3 down, 4 left; a wall lets nobody pass. NoisyTVRemote-v0 has 5, which
          stays and presses the button: a new picture in room 0, nothing anywhere else.
 Reward:  1 in the last corner, 0 elsewhere.

@@ -219,6 +219,7 @@ class PixelcopterEnv(gym.Env[np.ndarray, int]):
         self.action_space = copy.deepcopy(ACTION_SPACE)
         self.render_mode = render_mode
         self.game = Pixelcopter(num_envs=1)
+        self._waiting = True  # for a reset: not started yet, or ended
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -226,15 +227,19 @@ class PixelcopterEnv(gym.Env[np.ndarray, int]):
         """Start an episode. Returns the observation (7,) float32 and an empty info."""
         super().reset(seed=seed)
         self.game.reset(np.array([0]), [self.np_random])
+        self._waiting = False
         return self.game.observe()[0].astype(np.float32), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Play one frame. Raises ValueError for an action outside the action space."""
+        """Play one frame. Raises ValueError for an action outside its space, ResetNeeded after the end."""
         if not self.action_space.contains(action):
             raise ValueError(f"action must be an integer in {self.action_space}, not {action!r}")
+        if self._waiting:
+            raise ResetNeeded("call reset() before step(): the game has not started or is over")
         rewards, terminated = self.game.step(np.array([action]), [self.np_random])
+        self._waiting = bool(terminated[0])
         obs = self.game.observe()[0].astype(np.float32)
-        return obs, float(rewards[0]), bool(terminated[0]), False, {}
+        return obs, float(rewards[0]), self._waiting, False, {}
 
     def render(self) -> np.ndarray | None:
         """The current frame (480, 480, 3) uint8, or None without a render mode."""

@@ -7,14 +7,16 @@ https://github.com/ntasfi/PyGame-Learning-Environment), where it runs on pygame.
 so this file is a port to NumPy, at the original's default size of 64 x 48 pixels and 30 frames a second.
 y points down. It is not Atari's Pong.
 
-Physics, per frame of Δ = 1/30 s, in px/s: ball B = 36, agent P = 19.2, opponent C = 28.8
+Physics, per frame of Δ = 1/30 s: ball B = 36 px/s, opponent C = 28.8 px/s; the agent's velocity u in px per
+frame, its thrust P = 19.2 px per frame and second
     ball      p ← p + v·Δ; a wall turns it: vy ← −0.99·vy, and y one pixel back into the field            (1)
               a paddle turns it, where the ball's way crosses the paddle's middle line:
               vx ← −(vx + B/20);  vy ← vy + 2·u (agent only) + U(−0.0005, 0.0005);  x one pixel off       (2)
     agent     u ← 0.9·(u + a·Δ), a ∈ {−P, +P, 0};  y ← y + u, stopped at the walls                        (3)
     opponent  y ← y ± C·Δ toward the ball while it comes nearer in the opponent's half, else ± C·Δ/4
               toward the middle                                                                           (4)
-The opponent is faster than the agent but slower than a steep ball, and only a moving paddle makes one (2).
+The opponent has its 0.96 px a frame at once. The agent has more from its second frame on, and 4.4 on the way
+from wall to wall. A steep ball is faster than the opponent, and only a moving paddle makes one (2).
 
 Observation, 7 floats:
     0  agent's y                   2  opponent's y                     3, 4  ball's x, y
@@ -52,7 +54,7 @@ from gymnasium.vector.utils import batch_space
 W, H = 64, 48  # screen, px
 DT = 1000 / 30 / 1000  # one frame, s
 # Products, not decimals: 0.6·48 comes out below 28.8, and now and then the opponent's rule meets equality.
-BALL_SPEED, AGENT_SPEED, OPPONENT_SPEED = 0.75 * H, 0.4 * H, 0.6 * H  # px/s
+BALL_SPEED, AGENT_SPEED, OPPONENT_SPEED = 0.75 * H, 0.4 * H, 0.6 * H  # px/s; the agent's: see (3)
 BALL_RADIUS = round(0.03 * H)
 PADDLE_W, PADDLE_H = round(0.023 * W), round(0.15 * H)
 AGENT_X, OPPONENT_X = round(0.0625 * W), W - round(0.0625 * W)
@@ -208,6 +210,7 @@ class PongEnv(gym.Env[np.ndarray, int]):
         self.action_space = copy.deepcopy(ACTION_SPACE)
         self.render_mode = render_mode
         self.game = Pong(num_envs=1)
+        self._waiting = True  # for a reset: not started yet, or ended
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -215,15 +218,19 @@ class PongEnv(gym.Env[np.ndarray, int]):
         """Start an episode. Returns the observation (7,) float32 and an empty info."""
         super().reset(seed=seed)
         self.game.reset(np.array([0]), [self.np_random])
+        self._waiting = False
         return self.game.observe()[0].astype(np.float32), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Play one frame. Raises ValueError for an action outside the action space."""
+        """Play one frame. Raises ValueError for an action outside its space, ResetNeeded after the end."""
         if not self.action_space.contains(action):
             raise ValueError(f"action must be an integer in {self.action_space}, not {action!r}")
+        if self._waiting:
+            raise ResetNeeded("call reset() before step(): the game has not started or is over")
         rewards, terminated = self.game.step(np.array([action]), [self.np_random])
+        self._waiting = bool(terminated[0])
         obs = self.game.observe()[0].astype(np.float32)
-        return obs, float(rewards[0]), bool(terminated[0]), False, {}
+        return obs, float(rewards[0]), self._waiting, False, {}
 
     def render(self) -> np.ndarray | None:
         """The current frame (480, 640, 3) uint8, or None without a render mode."""

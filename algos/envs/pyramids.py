@@ -19,7 +19,8 @@ Our abstraction: a flat world of axis-aligned boxes in which the agent is a disc
     the switch goes on and looks the same while it topples, but it blocks the way only in between. Whoever
     stands where it comes down may walk out of it. In the end its bricks vanish and the gold lies on the
     ground, clear of walls and of everything else that is solid.
-  - A climbing ray is thin in height: it hits a thing if it is at the thing's height when it meets it.
+  - A climbing ray has width but no height: it hits a thing only if it arrives no higher than its top and no
+    lower than its foot.
 
 World. x points right, z forward, in metres, the origin in the middle; inner faces of the outer walls at
 ±49.5. Four crosses and eight side walls make nine rooms. A reset shuffles nine areas: one for the agent, one

@@ -11,7 +11,7 @@ coin is part of the environment. One action is left; its value is the value V(s)
      0                      n+1        the numbers of the two ends
 
     V(s) = left_reward + (right_reward − left_reward) · s / (n + 1)      without discounting              (1)
-For V(s) must be the mean of its two neighbours, and the line between the two rewards is.
+For V(s) must be the mean of its two neighbours; on a straight line every point is.
 
 Observation, an integer: the number of the state, 0 to n + 1.
 Action:  0 goes on.
@@ -58,7 +58,7 @@ class RandomWalkEnv(gym.Env[int, int]):
         self.render_mode = render_mode
         self.observation_space = gym.spaces.Discrete(num_states + 2)
         self.action_space = gym.spaces.Discrete(1)
-        self.state = (num_states + 1) // 2
+        self.state = 0  # an end: nothing has begun
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -69,9 +69,11 @@ class RandomWalkEnv(gym.Env[int, int]):
         return self.state, {}
 
     def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
-        """Toss the coin. Raises ValueError for an action other than 0."""
+        """Toss the coin. Raises ValueError for an action other than 0, ResetNeeded after the end."""
         if action != 0:
             raise ValueError(f"action must be 0, not {action!r}")
+        if self.state in (0, self.num_states + 1):
+            raise gym.error.ResetNeeded("the walk has ended, or has not begun: call reset")
         self.state += 1 if self.np_random.random() < 0.5 else -1
         if self.state == 0:
             return 0, self.left_reward, True, False, {}

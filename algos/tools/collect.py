@@ -11,7 +11,7 @@ How good the data are is up to --random-share: that share of an episode's action
 shares take turns, so 0 0.25 0.5 1 gives a quarter of the episodes to each. With 0 alone the data are as good
 as the agent; with several they hold good and bad episodes, as the mixed sets of offline benchmarks do, and
 there is something to learn about what makes a return. Several run folders of one environment take turns, too:
-agents that trained for shorter and longer make data as a learning agent leaves them behind.
+agents stopped early and late give data like those that one agent makes while it learns.
 
 What is recorded
     each episode, complete: the observation after its last step too, terminated and truncated apart, its seed,
@@ -22,7 +22,8 @@ What is recorded
         random play, over --reference-episodes episodes of their own that are not in the data
 
 What can be recorded: runs whose agent sees what the environment shows. Some scripts make their agent's
-observations themselves (stacked frames, a memory, a return to ask for): such a run is refused.
+observations themselves (stacked frames, a memory, a return to ask for, numbers for tuples): such a run is
+refused.
 
 A dataset that exists stays, unless --overwrite. The new one is written into a hidden folder, .collect-…, and
 moved when it is complete: Ctrl-C and crashes leave no half dataset, and the old one where it was.
@@ -80,43 +81,30 @@ def collect(args: Args) -> Path:
             fail(f"{args.run_dirs[0]} and {run.folder} have different environments")
     rng = np.random.default_rng(args.seed)
     env.action_space.seed(int(rng.integers(2**31)))
-    R = args.reference_episodes
-    agent_scores = [mean_return(play(env, [(run, 0.0)] * R, rng, "scores of the agents")) for run in runs]
-    random_score = mean_return(play(env, [(runs[0], 1.0)] * R, rng, "score of random play"))
     turns = [(run, share) for share in args.random_share for run in runs]
     turns = [turns[i % len(turns)] for i in range(args.episodes)]
-    episodes = play(env, turns, rng, "recording")
-    # Minari writes in place, and in several steps. So it works in a hidden folder on the same disk.
-    with tempfile.TemporaryDirectory(dir=root, prefix=".collect-") as stage:
-        os.environ["MINARI_DATASETS_PATH"] = stage  # of this process only
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its advice on metadata that this program does not know
-            # Not with Minari's DataCollector, which writes the same: that one needs the package jax.
-            dataset = minari.create_dataset_from_buffers(
-                dataset_id=args.dataset_id,
-                buffer=episodes,
-                env=env,
-                algorithm_name=", ".join(dict.fromkeys(run.script for run in runs)),
-                ref_max_score=max(agent_scores),
-                ref_min_score=random_score,
-                description=f"{runs[0].args['env_id']}, played by trained agents and by chance",
-            )
-        of_episode = [{"random_share": share, "run": runs.index(run)} for run, share in turns]
-        dataset.storage.update_episode_metadata(of_episode)
-        scored = zip(runs, agent_scores, strict=True)
-        made = [{"script": run.script, "args": run.args, "score": score} for run, score in scored]
-        how = {"runs": made, "random_share": list(args.random_share), "collect_seed": args.seed}
-        dataset.storage.update_metadata(how)
-        move_into_place(Path(stage), root, target, args)
+    try:
+        # Minari writes in place, and in several steps. So it works in a hidden folder on the same disk. It
+        # is made before anybody plays: where nothing can be written, this is said at once.
+        there = next(folder for folder in target.parents if folder.exists())
+        with tempfile.TemporaryDirectory(dir=there, prefix=".collect-") as stage:
+            R = args.reference_episodes
+            scores = [mean_return(play(env, [(run, 0.0)] * R, rng, "scores of the agents")) for run in runs]
+            random_score = mean_return(play(env, [(runs[0], 1.0)] * R, rng, "score of random play"))
+            episodes = play(env, turns, rng, "recording")
+            write(args, stage, runs, turns, episodes, scores, random_score)
+            move_into_place(Path(stage), root, target, args)
+    except OSError as error:
+        fail(f"cannot record {args.dataset_id}: {error}", code=1)
     env.close()
     returns = np.array([sum(episode.rewards) for episode in episodes])
     for turn in dict.fromkeys(turns):
         of_turn = returns[[other == turn for other in turns]]
         mean = f"{of_turn.mean():.2f} ± {of_turn.std():.2f}"
         print(f"{turn[0].folder}, {turn[1]:.0%} random actions: {mean} over {len(of_turn)} episodes")
-    scores = f"agent {max(agent_scores):.2f}, random play {random_score:.2f}"
+    reference = f"agent {max(scores):.2f}, random play {random_score:.2f}"
     steps = sum(len(episode) for episode in episodes)
-    print(f"{args.dataset_id}: {args.episodes} episodes, {steps:,} steps, scores: {scores}: {target}")
+    print(f"{args.dataset_id}: {args.episodes} episodes, {steps:,} steps, scores: {reference}: {target}")
     return target
 
 
@@ -147,6 +135,29 @@ def play(env: gym.Env, turns: list[tuple], rng: np.random.Generator, what: str) 
     return episodes
 
 
+def write(args: Args, stage: str, runs: list, turns: list, episodes: list, scores: list, random_score: float):
+    """Write the dataset into the folder `stage`. scores: mean returns of the runs' agents."""
+    os.environ["MINARI_DATASETS_PATH"] = stage  # of this process only
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its advice on metadata that this program does not know
+        # Not with Minari's DataCollector, which writes the same: that one needs the package jax.
+        dataset = minari.create_dataset_from_buffers(
+            dataset_id=args.dataset_id,
+            buffer=episodes,
+            env=runs[0].env,
+            algorithm_name=", ".join(dict.fromkeys(run.script for run in runs)),
+            ref_max_score=max(scores),
+            ref_min_score=random_score,
+            description=f"{runs[0].args['env_id']}, played by trained agents and by chance",
+        )
+    of_episode = [{"random_share": share, "run": runs.index(run)} for run, share in turns]
+    dataset.storage.update_episode_metadata(of_episode)
+    scored = zip(runs, scores, strict=True)
+    made = [{"script": run.script, "args": run.args, "score": score} for run, score in scored]
+    how = {"runs": made, "random_share": list(args.random_share), "collect_seed": args.seed}
+    dataset.storage.update_metadata(how)
+
+
 def mean_return(episodes: list[EpisodeBuffer]) -> float:
     """The mean episodic return."""
     return float(np.mean([sum(episode.rewards) for episode in episodes]))
@@ -164,8 +175,8 @@ def check_args(args: Args) -> None:
         fail(f"--seed {args.seed} is not between 0 and 4,294,967,295")
     if not args.random_share or not all(0 <= share <= 1 for share in args.random_share):
         fail(f"--random-share needs numbers between 0 and 1, not {args.random_share}")
-    # Minari's own rule, and no way out of its folder.
-    if not re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", args.dataset_id):
+    # Minari's own rule, which wants two letters before a slash, and no way out of its folder.
+    if not re.fullmatch(r"([\w-]{2,}/)*[\w-]+-v\d+", args.dataset_id):
         fail(f"--dataset-id must be like lunarlander/ppo-mixed-v0, not {args.dataset_id!r}")
 
 
@@ -176,12 +187,12 @@ def place_of(args: Args) -> tuple[Path, Path]:
         target = root / args.dataset_id
         if target.exists() and not (target / "data").is_dir():
             fail(f"{target} is a folder of other datasets: choose another --dataset-id")
+        if target.exists() and not args.overwrite:
+            fail(f"the dataset {args.dataset_id} exists: choose another --dataset-id, or --overwrite")
+        if any((above / "data").is_dir() for above in target.parents if root in above.parents):
+            fail(f"no dataset can lie within another one: choose another --dataset-id than {args.dataset_id}")
     except OSError as error:
-        fail(f"cannot write datasets: {error}")
-    if target.exists() and not args.overwrite:
-        fail(f"the dataset {args.dataset_id} exists: choose another --dataset-id, or --overwrite")
-    if any((above / "data").is_dir() for above in target.parents if root in above.parents):
-        fail(f"a dataset cannot lie within another one: choose another --dataset-id than {args.dataset_id}")
+        fail(f"cannot write datasets: {error}", code=1)
     return root, target
 
 
@@ -260,17 +271,23 @@ def open_run(folder: Path, env_id: str | None) -> Run:
     run_args = read_args(script, folder, env_id)
     hidden = ("run_dir", "resume", "evaluate", "wandb_entity")
     public = {name: value for name, value in asdict(run_args).items() if name not in hidden}
-    if hasattr(script, "make_env"):  # a table: its script plays a single environment
-        env = script.make_env(run_args)
-        check_spaces(run_args.env_id, env)
-        policy, _ = script.load_policy(run_args, env, folder)
-        return Run(folder, script.__name__, public, env, policy)
-    envs = script.make_envs(run_args, 1)
-    env = gym.make(run_args.env_id, **json.loads(getattr(run_args, "env_kwargs", None) or "{}"))
-    check_spaces(run_args.env_id, env)
-    if env.observation_space != envs.single_observation_space or env.action_space != envs.single_action_space:
+    table = hasattr(script, "make_env")  # then the script plays a single environment, else a vector of one
+    if table:
+        seen = script.make_env(run_args)
+        spaces = seen.observation_space, seen.action_space
+        options = seen.unwrapped.spec.kwargs
+    else:
+        seen = script.make_envs(run_args, 1)
+        spaces = seen.single_observation_space, seen.single_action_space
+        options = json.loads(getattr(run_args, "env_kwargs", None) or "{}")
+    env = gym.make(run_args.env_id, **options)
+    if spaces != (env.observation_space, env.action_space):
         fail(f"{script.__name__}.py shows its agent something else than {run_args.env_id} does")
-    policy, _ = script.load_policy(run_args, envs, folder, script.setup_torch(run_args))
+    check_spaces(run_args.env_id, env)
+    if table:
+        policy, _ = script.load_policy(run_args, seen, folder)
+        return Run(folder, script.__name__, public, env, policy)
+    policy, _ = script.load_policy(run_args, seen, folder, script.setup_torch(run_args))
     return Run(folder, script.__name__, public, env, lambda obs: policy(obs[None])[0])
 
 

@@ -20,8 +20,8 @@ same time do not all try the same corner.
 
 [A] What is given up. Once a third of its budget is used, a trial whose training returns have all been below
 the median of the finished trials at the same point gets Ctrl-C: it saves, and its folder stays. The training
-return decides on this only. It is measured with exploration, and some scripts add bonuses to it: it is never
-a value.
+return decides on this, and on ties in [B]. It is measured with exploration, and some scripts add bonuses to
+it: it is never a value.
 
 [B] Why to rank. The best of sixty trials is good or lucky: on another seed the same settings may fail. So
 the best trials (up to --finalists; ties go to the higher training return) train again on the fresh seeds
@@ -804,7 +804,8 @@ def draw_pictures(tuner: Tuner, search: optuna.Study, order: list[FrozenTrial], 
 
 def write_file(path: Path, data: bytes) -> None:
     """Write under a temporary name and move into place, so that no crash leaves half a file."""
-    temporary = path.with_name("tmp-" + path.name)
+    # Workers that share the folder report at the same moment: each has a temporary name of its own.
+    temporary = path.with_name(f"tmp-{socket.gethostname()}-{os.getpid()}-{path.name}")
     temporary.write_bytes(data)
     os.replace(temporary, path)
 
@@ -824,7 +825,11 @@ def read_command_line() -> tuple[Args, list[str]]:
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        fail("".join(letter for letter in errors.getvalue() if not "─" <= letter <= "╿"))
+        message = "".join(letter for letter in errors.getvalue() if not "─" <= letter <= "╿")
+        # The parser takes the script's name for the value of a flag before it that it does not know.
+        if "Missing" in message and (not sys.argv[1:] or sys.argv[1].startswith("-")):
+            fail("name the script first: tune.py ppo --env-id …")
+        fail(message)
 
 
 def check_args(args: Args) -> None:
@@ -847,19 +852,24 @@ def find_script(name: str) -> Path:
     return path
 
 
+def name_of(word: str) -> str:
+    """The flag in a word: learning-rate in --learning_rate=0.1, anneal-lr in --no-anneal-lr."""
+    return word.split("=")[0].removeprefix("--").replace("_", "-").removeprefix("no-")
+
+
 def make_space(args: Args, script: Path, flags: list[str]) -> dict[str, str]:
     """The search space: the table's, with --space, without what the command line fixes."""
-    given = {word.split("=")[0].replace("_", "-") for word in flags if word.startswith("--")}
-    given = {word.removeprefix("--").removeprefix("no-") for word in given}
-    own = given & {"run-dir", "resume", "evaluate", "capture-video", "seed"}
-    if own:
-        fail(f"--{own.pop()} is for single runs, the tuner gives each its own")
-    space = {flag: text for flag, text in SPACES.get(script.stem, {}).items() if flag not in given}
-    for entry in args.space:
-        flag, _, text = entry.removeprefix("--").partition("=")
-        if flag in given:
+    given = {name_of(word) for word in flags if word.startswith("--")}
+    named = {name_of(entry): entry.partition("=")[2] for entry in args.space}
+    for flag in sorted(given | named.keys()):
+        if flag in ("run-dir", "resume", "evaluate", "capture-video", "seed"):
+            fail(f"--{flag} is for single runs, the tuner gives each its own")
+        if flag in ("track", "wandb-project-name", "wandb-entity"):
+            # There a run goes by the name of its folder.
+            fail(f"--{flag} is for single runs: trial-0 of every study would be one and the same run on W&B")
+        if flag in given and flag in named:
             fail(f"--{flag} is fixed and in --space: choose one")
-        space[flag] = text
+    space = {flag: text for flag, text in SPACES.get(script.stem, {}).items() if flag not in given} | named
     for flag, text in space.items():
         try:
             parse_range(text)
@@ -875,12 +885,9 @@ def make_space(args: Args, script: Path, flags: list[str]) -> dict[str, str]:
 def ask_script(script: Path, flags: list[str], space: dict[str, str]) -> dict:
     """All settings of the script with these flags. What it refuses ends here, with the script's line.
 
-    What is searched has its smallest value: a rollout of default size may be more than a small budget.
+    What is searched has its smallest value: a rollout of default size may be more than a small budget. But
+    the smallest one may be too small for a flag that is given: then the largest values may do as well.
     """
-    smallest = {}
-    for flag, text in space.items():
-        kind, parts = parse_range(text)
-        smallest[flag] = str(1 - parts[1] if kind == "near1" else parts[0])
     program = (
         "import dataclasses, importlib, json, sys\n"
         "script = importlib.import_module(sys.argv.pop(1))\n"
@@ -889,12 +896,20 @@ def ask_script(script: Path, flags: list[str], space: dict[str, str]) -> dict:
         "print(json.dumps(dataclasses.asdict(args)))"
     )
     paths = os.pathsep.join([str(script.parent), str(ALGOS), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", program, script.stem, *flags, *command_line(smallest)]
-    answer = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
-    if answer.returncode:
+    environment = os.environ | {"PYTHONPATH": paths}
+    reasons = []
+    for end in (0, -1):
+        settings = {}
+        for flag, text in space.items():
+            kind, parts = parse_range(text)
+            settings[flag] = str(1 - parts[-1 - end] if kind == "near1" else parts[end])
+        command = [sys.executable, "-c", program, script.stem, *flags, *command_line(settings)]
+        answer = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if not answer.returncode:
+            return json.loads(answer.stdout.splitlines()[-1])
         lines = [line for line in answer.stderr.splitlines() if line.strip()]
-        fail(f"{script.name}: {lines[-1].removeprefix('error: ') if lines else 'it does not start'}")
-    return json.loads(answer.stdout.splitlines()[-1])
+        reasons.append(lines[-1].removeprefix("error: ") if lines else "it does not start")
+    fail(f"{script.name}: {'. With the largest values: '.join(dict.fromkeys(reasons))}")
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ change the speed. A click into a curve goes there.
 
 How a script is read. Everything goes through its own functions: its parse_args reads the folder, so a run of
 another version or a damaged one ends as there, with one line and exit code 2, and make_envs and load_policy
-play as in its films. What its networks say is the matter of the table READERS below, with a few lines for
-each kind of network. A script of a known shape needs one more line there, and a copy none: my_ppo is read as
+play as in its films. How to ask its networks is in the table READERS below, with a few lines for each kind of
+network. A script of a known shape needs one more line there, and a copy none: my_ppo is read as
 ppo is while its load_policy is that of ppo. A run folder may come from a stranger: nothing of it is executed
 or unpickled, a module that its env_id names is imported only if --env-id repeats it, and its words reach the
 page as text only.
@@ -59,7 +59,7 @@ import tyro
 
 ALGOS = Path(__file__).resolve().parents[1]
 MAX_MOMENTS = 1200  # pictures of an episode; a longer one is thinned to every 2nd step, every 4th, …
-MAX_BYTES = 5_400_000  # of all pictures together; the page has them as text, which takes a third more
+MAX_BYTES = 8_000_000  # of the page; a larger one is thinned further
 MAX_SIDE = 640  # pixels; larger pictures are made smaller
 HIDDEN = {"run_dir", "resume", "evaluate", "capture_video", "track", "wandb_project_name", "wandb_entity"}
 
@@ -519,17 +519,21 @@ class Film:
     def __init__(self, pool: ThreadPoolExecutor, picture) -> None:
         self.pool = pool
         self.frames: dict[int, Future] = {}
+        self.known: dict[tuple, Future] = {}  # the same pictures, by what is on them
         self.waiting: deque[Future] = deque()
         self.stride = 1
         # Drawings are small without loss; shaded bodies are not.
         self.lossless = len(encode(picture, True)) < 2 * len(encode(picture, False))
 
     def add(self, step: int, picture) -> None:
-        """The picture after so many steps."""
-        self.frames[step] = self.pool.submit(encode, picture, self.lossless)
-        self.waiting.append(self.frames[step])
-        if len(self.waiting) > 32:  # or a slow encoder would fill the memory
-            self.waiting.popleft().result()
+        """The picture after so many steps. One that comes again is not encoded again."""
+        what = picture.shape, hashlib.sha256(picture.tobytes()).digest()
+        if what not in self.known:
+            self.known[what] = self.pool.submit(encode, picture, self.lossless)
+            self.waiting.append(self.known[what])
+            if len(self.waiting) > 32:  # or a slow encoder would fill the memory
+                self.waiting.popleft().result()
+        self.frames[step] = self.known[what]
         if len(self.frames) > MAX_MOMENTS:
             self.thin(2 * self.stride)
 
@@ -539,10 +543,12 @@ class Film:
         last = max(self.frames)
         kept = {step: frame for step, frame in self.frames.items() if step % stride == 0 or step == last}
         self.frames = kept
+        shown = set(kept.values())  # the rest would fill the memory, too
+        self.known = {what: frame for what, frame in self.known.items() if frame in shown}
 
     def size(self) -> int:
         """In bytes."""
-        return sum(len(frame) for frame in {frame.result() for frame in self.frames.values()})
+        return sum(len(frame.result()) for frame in self.known.values())
 
 
 def following_returns(rewards, ends, last_value, gamma):
@@ -686,17 +692,6 @@ def start_seeds(run: Watched, episodes: int, seed: int | None) -> list[int]:
     return sum(blocks, [])[:episodes]  # an evaluation plays 20 at a time
 
 
-def thin_together(films: list[Film]) -> None:
-    """One stride for all films, so that they stay in step, and the bytes that the page may have."""
-    stride = max(film.stride for film in films)
-    while True:
-        for film in films:
-            film.thin(stride)
-        if sum(film.size() for film in films) <= MAX_BYTES or stride > 10**6:
-            return
-        stride *= 2
-
-
 def page(runs: list[Watched], episodes: list[list[dict]]) -> str:
     """The whole page. Words of the runs are in it as data only, in which nothing can end the script tag."""
     names = [f"{run.about['algo']} on {run.about['env_id']}, seed {run.about['seed']}" for run in runs]
@@ -716,6 +711,22 @@ def page(runs: list[Watched], episodes: list[list[dict]]) -> str:
     parts = {"TITLE": html.escape(title), "POLICY": policy, "STYLE": STYLE, "SCRIPT": SCRIPT}
     parts |= {"BLOCKS": "\n".join(blocks)}
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], PAGE)
+
+
+def small_page(runs: list[Watched], episodes: list[list[dict]]) -> str:
+    """The page, thinned until it is small enough; all films have one stride, so that they stay in step."""
+    films = [episode["film"] for played in episodes for episode in played]
+    stride = max(film.stride for film in films)
+    while True:
+        for film in films:
+            film.thin(stride)
+        last = stride > 10**6  # each film has its first and last moment only
+        # The page has pictures as text, which takes a third more. That alone may be too much.
+        if last or sum(film.size() for film in films) * 4 / 3 <= MAX_BYTES:
+            text = page(runs, episodes)
+            if last or len(text.encode()) <= MAX_BYTES:
+                return text
+        stride *= 2
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -752,8 +763,7 @@ def watch(args: Args) -> Path:
                 policy, _ = run.load_policy()
                 episodes.append([play(run, policy, seed, pool) for seed in seeds])
                 run.envs.close()
-            thin_together([episode["film"] for played in episodes for episode in played])
-            text = page(runs, episodes)
+            text = small_page(runs, episodes)
     except Exception as error:  # environments, damaged files and foreign files fail in many ways
         fail(f"cannot play {folder if len(runs) < 2 else 'these runs'}: {type(error).__name__} {error}")
     write_file(path, text.encode())
