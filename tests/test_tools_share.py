@@ -984,6 +984,7 @@ def test_revisions_folders_and_names(home, hub, tool, algos):
     assert "no such repository" in tool("--load", "me/nothing", code=2)
 
 
+NESTED = json.loads("[" * 600 + "]" * 600)
 BAD_RUNS = {
     "a name that leaves the folder": {"../evil": b"x"},
     "a name from the root": {"/tmp/evil": b"x"},
@@ -994,7 +995,8 @@ BAD_RUNS = {
     "no JSON": {"args.json": b"{"},
     "no object": {"results.json": b"[]"},
     "deep JSON": {"args.json": b"[" * 100_000},
-    "JSON that is nearly too deep": {"args.json": {"x": json.loads("[" * 600 + "]" * 600)}},
+    # Python 3.12 goes deeper, and takes it.
+    **({"JSON nearly too deep": {"args.json": {"x": NESTED}}} if sys.version_info < (3, 12) else {}),
     "a path that no system has": {"args.json": {"x": "~\0"}},
     "long JSON": {"args.json": {"x": "x" * 1_000_001}},
     "bytes": {"results.json": b"\xff\xfe\x00"},
