@@ -183,7 +183,7 @@ class ReplayMemory(nn.Module):
 
     def __init__(self, buffer_size: int, obs_dim: int) -> None:
         super().__init__()
-        # Buffers of a module are in its state_dict, so in checkpoints; mere attributes --resume would lose.
+        # Buffers of a module are in its state_dict, so in checkpoints; --resume would lose mere attributes.
         self.register_buffer("obs", torch.zeros(buffer_size, obs_dim))
         self.register_buffer("actions", torch.zeros(buffer_size, dtype=torch.int64))
         self.register_buffer("rewards", torch.zeros(buffer_size))
