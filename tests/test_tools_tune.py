@@ -373,6 +373,14 @@ def test_the_same_command_goes_on_and_another_one_is_refused(study, fake):
     before = (folder / "study.csv").read_text()
     again = run(fake, *flags)
     assert again.returncode == 0 and (folder / "study.csv").read_text() == before
+    assert "another text" not in again.stderr
+    text = fake.read_text()
+    fake.write_text(text + "# another text\n")
+    for _ in range(2):
+        mixed = run(fake, *flags)
+        assert mixed.returncode == 0 and "note: fake.py is another text now" in mixed.stderr
+    fake.write_text(text)
+    assert "another text" not in run(fake, *flags).stderr
     other = run(fake, *flags, "--total-timesteps", "500")
     assert (
         other.returncode == 2

@@ -40,6 +40,7 @@ Expect: with --num-minibatches 1 --update-epochs 1, which makes ppo.py A2C, on C
 
 import csv
 import fcntl
+import hashlib
 import io
 import json
 import math
@@ -654,6 +655,15 @@ def open_study(tuner: Tuner, storage: optuna.storages.BaseStorage, name: str, ti
         differs = ", ".join(part for part in asked if known[part] != asked[part])
         fail(f"{tuner.dir} holds a study of another command ({differs}): choose another --study")
     study.set_user_attr("asked", asked)
+    text = hashlib.sha256(tuner.script.read_bytes()).hexdigest()
+    if study.user_attrs.get("text", text) != text:
+        print(
+            f"note: {tuner.script.name} is another text now than when the study {name!r} began: "
+            f"its trials do not compare. A new one: --study NAME",
+            file=sys.stderr,
+        )
+    else:
+        study.set_user_attr("text", text)
     trials = study.get_trials(deepcopy=False)
     running = [trial for trial in trials if trial.state == TrialState.RUNNING]
     if not args.storage:  # the folder is ours, so nobody is at work on these
