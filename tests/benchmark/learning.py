@@ -530,10 +530,10 @@ def short_table() -> str:
 
 # README's table in its Chinese translation: patterns and what stands for them.
 CHINESE = {
-    r"task \| script \| mean over seeds \| reference \| time": "任务 | 脚本 | 各种子的均值 | 参考值 | 用时",
+    r"task \| script \| mean over seeds \| reference \| time": "任务 | 脚本 | 各个种子的均值 | 参考值 | 用时",
     r"\[a walking ant\]": "[行走的蚂蚁]",
     r"\[a cheetah\]": "[奔跑的猎豹]",
-    r"\[Pong from pixels\]": "[从像素玩 Pong]",
+    r"\[Pong from pixels\]": "[看画面玩 Pong]",
     r", 10M steps": "，10M 步",
     r" \((\d+) seeds?\)": r"（\1 个种子）",
     r", (\d+) seeds": r"，\1 个种子",
