@@ -78,7 +78,7 @@ The paper's own game, with the settings of the authors' code, is days of work fo
          --init-steps 6400 --total-timesteps 500000000 --cuda
 Expect: on Pyramids a mean episodic return (the sum of an episode's rewards) of 1.79, 1.82 or 1.81 (seeds 1, 2
 and 3) after 3 million steps and about 6 minutes. An episode without gold has −1; Unity's benchmark is 1.75.
-DoorKey-8x8 ends at 0.97 after a million steps, MultiRoom-N4-S5 after two million at 0.73, 0.70 and 0.60.
+DoorKey-8x8 ends at 0.97, 0.97, 0.96 after a million steps, MultiRoom-N4-S5 after two at 0.73, 0.70, 0.60.
 """
 
 import difflib
