@@ -200,6 +200,7 @@ class Agent(nn.Module):
     def __init__(self, obs_dim: int, num_actions: int, args: Args) -> None:
         super().__init__()
 
+        # numpy_policy below repeats these layers by hand: change both, or what acts is not what learns.
         def mlp(outputs: int, last_gain: float) -> nn.Sequential:
             layers = [nn.Linear(obs_dim, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
             if args.ortho_init:
@@ -297,7 +298,7 @@ def train(args: Args) -> dict:
     T = args.num_steps
     N = args.num_envs
     D = agent.features[0].in_features
-    num_actions = agent.mean.out_features
+    num_actions = envs.single_action_space.shape[0]
     # next_obs[t]: where step t led, before any reset. So ends of episodes and rollouts are no special case.
     obs = np.zeros((T, N, D), dtype=np.float32)
     next_obs = np.zeros((T, N, D), dtype=np.float32)
@@ -310,6 +311,7 @@ def train(args: Args) -> dict:
     current_obs, _ = envs.reset(seed=env_seeds(N, args.seed, 0, run.step))
     while run.goes_on(args.batch_size):  # until the budget is spent; saves when that is due
         # [A] collect
+        # Random numbers come from PyTorch, here and below: those of NumPy are neither seeded nor saved.
         W = agent.noise.draw(T, N)  # (T, N, |φ|, |A|)
         policy = numpy_policy(agent)  # obs -> agent.features, agent.mean: in NumPy, for speed
         for t in range(T):
@@ -358,7 +360,7 @@ def train(args: Args) -> dict:
         if args.anneal_lr:
             # [Trick 2] Ever smaller steps let the policy settle (the paper). Ablate: --no-anneal-lr
             learning_rate *= 1 - (run.step - args.batch_size) / args.total_timesteps
-        optimizer.param_groups[0]["lr"] = learning_rate  # known from the step: nothing of it is to be saved
+        optimizer.param_groups[0]["lr"] = learning_rate  # known from the step: overrules any scheduler
         features = agent.features(normed_obs)  # (T*N, |φ|)
         stds = agent.noise.std(features)  # (T*N, |A|)
         log_probs = gaussian_log_prob(b_actions, agent.mean(features), stds)  # (T*N,)
@@ -367,7 +369,7 @@ def train(args: Args) -> dict:
         loss = pg_loss + args.vf_coef * v_loss  # (9)
         if args.ent_coef:
             loss = loss - args.ent_coef * gaussian_entropy(stds)  # (9)
-        weights.grad.zero_()  # else the gradients of all rollouts would add up
+        weights.grad.zero_()  # not optimizer.zero_grad(): that would cut these numbers off from the network's
         loss.backward()
         # [Trick 5] One odd batch must not throw the policy off (OpenAI's code). Ablate: --max-grad-norm 0
         grad_norm = nn.utils.clip_grad_norm_(weights, args.max_grad_norm or torch.inf)
@@ -569,6 +571,7 @@ def load_policy(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, device: t
     """The greedy policy of a run, observations (N, D) -> mean actions (N, |A|), and its checkpoint."""
     agent = make_agent(args, envs, device)
     checkpoint = load_checkpoint(run_dir, agent=agent)
+    agent.eval()  # dropout and batch normalisation, where you add them, must not act here
     network = numpy_policy(agent)
     space = envs.single_action_space
 
@@ -789,7 +792,7 @@ class Run:
         if not np.isfinite(value):
             self.bar.close()
             reason = f"the loss or a weight is {value} at step {self.step}"
-            fail(f"{reason}; the last checkpoint is good", code=1)
+            fail(f"{reason}; what was saved before is good", code=1)
 
     def log(self, group: str, **values) -> None:
         """One point of each chart. With "charts" go the episodes since the last point, the speed, the bar."""
@@ -889,9 +892,11 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def save_checkpoint(run_dir: Path, checkpoint: dict) -> None:
-    """Write checkpoint.pt. checkpoint: tensors and plain types only."""
+    """Write checkpoint.pt. checkpoint: tensors and plain types only, no arrays."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
+    buffer.seek(0)
+    torch.load(buffer, map_location="cpu", weights_only=True)  # fails if unreadable: the last one stays
     write_file(run_dir / "checkpoint.pt", buffer.getvalue())
 
 
@@ -918,7 +923,8 @@ def evaluate(args: Args, run_dir: Path, device: torch.device) -> dict:
 
     Each environment plays one episode a round and waits for the others: to take the first episodes that end
     would favour short ones. A greedy policy may walk in circles for ever; MAX_EVAL_STEPS ends its episode.
-    A policy with a memory of its own would have to forget at each reset, here and in record_video.
+    A policy with a memory of its own would have to forget at each reset, here and in record_video, where N
+    is 1: decision_transformer.py has one.
     """
     check_args(args)
     for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left to be saved

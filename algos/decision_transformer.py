@@ -193,7 +193,7 @@ class Layer(nn.Module):
         B, L, E = x.shape
         qkv = self.query_key_value(self.attention_norm(x)).view(B, L, 3, self.num_heads, E // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, d)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (4); its dropout_p heeds no eval()
         y = y.transpose(1, 2).reshape(B, L, E)  # (B, heads, L, d) -> (B, L, E)
         # [Trick 4] Zeros at random places keep a network from learning its data by heart, which long training
         # on little data leads to (https://jmlr.org/papers/v15/srivastava14a.html). Off by default, for
@@ -413,7 +413,7 @@ def train(args: Args) -> dict:
             # [Trick 5] Ever smaller steps average the noise of the batches away (common practice).
             # Ablate: --no-anneal-lr
             learning_rate *= (args.total_updates - run.step) / (args.total_updates - args.warmup_updates)
-        optimizer.param_groups[0]["lr"] = learning_rate  # known from the step: nothing of it is to be saved
+        optimizer.param_groups[0]["lr"] = learning_rate  # known from the step: overrules any scheduler
         optimizer.zero_grad()
         loss.backward()
         # [Trick 2] One odd batch must not throw the agent off (the authors' code). Ablate: --max-grad-norm 0
@@ -865,7 +865,7 @@ class Run:
         if not np.isfinite(value):
             self.bar.close()
             reason = f"the loss or a weight is {value} at step {self.step}"
-            fail(f"{reason}; the last checkpoint is good", code=1)
+            fail(f"{reason}; what was saved before is good", code=1)
 
     def log(self, group: str, **values) -> None:
         """One point of each chart. With "charts" go the episodes since the last point, the speed, the bar."""
@@ -965,9 +965,11 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def save_checkpoint(run_dir: Path, checkpoint: dict) -> None:
-    """Write checkpoint.pt. checkpoint: tensors and plain types only."""
+    """Write checkpoint.pt. checkpoint: tensors and plain types only, no arrays."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
+    buffer.seek(0)
+    torch.load(buffer, map_location="cpu", weights_only=True)  # fails if unreadable: the last one stays
     write_file(run_dir / "checkpoint.pt", buffer.getvalue())
 
 
@@ -994,7 +996,8 @@ def evaluate(args: Args, run_dir: Path, device: torch.device) -> dict:
 
     Each environment plays one episode a round and waits for the others: to take the first episodes that end
     would favour short ones. A greedy policy may walk in circles for ever; MAX_EVAL_STEPS ends its episode.
-    A policy with a memory of its own would have to forget at each reset, here and in record_video.
+    A policy with a memory of its own would have to forget at each reset, here and in record_video, where N
+    is 1: decision_transformer.py has one.
     """
     check_args(args)
     for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left to be saved

@@ -168,7 +168,7 @@ class Agent(nn.Module):
             # own weights are smaller: what Pong's ball adds to the bright ground fades from layer to layer,
             # and before the ball is seen, lost points turn ReLUs off for good. Off: Space Invaders, on dark
             # ground, ended at 274.5 with it (seed 1 only), at 608.0 to 707.5 without. Try: --ortho-init
-            for layer in self.network:
+            for layer in self.network:  # only its own layers: not those within a module that you add
                 if isinstance(layer, nn.Linear | nn.Conv2d):
                     nn.init.orthogonal_(layer.weight, 0.01 if layer is self.network[-1] else 2**0.5)
                     nn.init.zeros_(layer.bias)
@@ -187,7 +187,7 @@ def fast_forward(network: nn.Sequential, frames: torch.Tensor, bf16: bool) -> to
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         x = x.to(torch.bfloat16 if bf16 else torch.float32)
         # Bytes to 0 … 1: dividing 8,192 weights is cheaper than 28,224 bytes of every stack.
-        x = nn.functional.conv2d(x, network[0].weight / 255, network[0].bias, network[0].stride)
+        x = nn.functional.conv2d(x, network[0].weight / 255, network[0].bias, network[0].stride)  # no padding
         x = network[1:-1](x)
     # The last layer needs more digits: after 2 the next bfloat16 is 2.016; values in Pong differ by 0.001.
     return network[-1](x.float())
@@ -262,6 +262,7 @@ class ReplayMemory:
         rows = rows[:batch_size]
         around = rows[:, None] + self.num_envs * np.arange(1 - STACK, 2)  # (B, 5)
         frames = self.frames[around % len(self.frames)]
+        # For n steps all n rows must be valid, up to a termination, or another game mixes in.
         return frames, self.actions[rows].astype(np.int64), self.rewards[rows], self.terminated[rows]
 
 
@@ -511,6 +512,7 @@ def load_policy(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, device: t
     """
     agent = make_agent(args, envs, device)
     checkpoint = load_checkpoint(run_dir, agent=agent)
+    agent.eval()  # dropout and batch normalisation, where you add them, must not act here
     rng = np.random.default_rng(args.seed)
     num_actions = int(envs.single_action_space.n)
 
@@ -734,7 +736,7 @@ class Run:
         if not np.isfinite(value):
             self.bar.close()
             reason = f"the loss or a weight is {value} at step {self.step}"
-            fail(f"{reason}; the last checkpoint is good", code=1)
+            fail(f"{reason}; what was saved before is good", code=1)
 
     def log(self, group: str, **values) -> None:
         """One point of each chart. With "charts" go the episodes since the last point, the speed, the bar."""
@@ -834,9 +836,11 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def save_checkpoint(run_dir: Path, checkpoint: dict) -> None:
-    """Write checkpoint.pt. checkpoint: tensors and plain types only."""
+    """Write checkpoint.pt. checkpoint: tensors and plain types only, no arrays."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
+    buffer.seek(0)
+    torch.load(buffer, map_location="cpu", weights_only=True)  # fails if unreadable: the last one stays
     write_file(run_dir / "checkpoint.pt", buffer.getvalue())
 
 
@@ -863,7 +867,8 @@ def evaluate(args: Args, run_dir: Path, device: torch.device) -> dict:
 
     Each environment plays one episode a round and waits for the others: to take the first episodes that end
     would favour short ones. A greedy policy may walk in circles for ever; MAX_EVAL_STEPS ends its episode.
-    A policy with a memory of its own would have to forget at each reset, here and in record_video.
+    A policy with a memory of its own would have to forget at each reset, here and in record_video, where N
+    is 1: decision_transformer.py has one.
     """
     check_args(args)
     for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left to be saved

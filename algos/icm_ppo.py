@@ -368,7 +368,7 @@ def train(args: Args) -> dict:
                 errors = torch.cat(parts).cpu().numpy().reshape(T, N)  # (T*N,) -> (T, N)
                 past = discounted_past(errors, carry, args.int_gamma)
                 carry = past[-1]
-                run.extra["carry"] = carry.tolist()
+                run.extra["carry"] = carry.tolist()  # a checkpoint takes no arrays
                 agent.norm_past.update(torch.from_numpy(past).to(device).flatten())
                 intrinsic = errors * agent.norm_past.scale.item()  # (13)
         # [Trick 7] Atari's points differ in size from game to game: clipped as in DQN. Try: --clip-rewards
@@ -394,7 +394,7 @@ def train(args: Args) -> dict:
         if args.anneal_lr:
             # [Trick 2] Ever smaller steps let the policy settle (OpenAI's code). Ablate: --no-anneal-lr
             learning_rate *= 1 - (run.step - args.batch_size) / args.total_timesteps
-        optimizer.param_groups[0]["lr"] = learning_rate  # known from the step: nothing of it is to be saved
+        optimizer.param_groups[0]["lr"] = learning_rate  # known from the step: overrules any scheduler
         for _ in range(args.update_epochs):
             order = torch.randperm(args.batch_size).to(device)
             for rows in order.split(minibatch_size):  # (B,)
@@ -419,7 +419,7 @@ def train(args: Args) -> dict:
                     loss = loss + args.vf_coef * int_v_loss + forward_loss  # (9): L_V^I, mean e
                     if agent.inverse_model is not None:
                         inverse_loss = -log_prob(agent.guess(phi, next_phi), b_actions[some]).mean()  # (16)
-                        loss = loss + inverse_loss  # (9): L_g
+                        loss = loss + inverse_loss  # (9): L_g; Adam would cancel a factor
                 optimizer.zero_grad()
                 loss.backward()
                 # [Trick 5] One odd minibatch must not throw the policy off (OpenAI's code); the models'
@@ -698,6 +698,7 @@ def load_policy(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, device: t
     """The sampling policy: observations (N, 2, D) or (N, 4, 84, 84) -> actions (N,), and its checkpoint."""
     agent = make_agent(args, envs, device)
     checkpoint = load_checkpoint(run_dir, agent=agent)
+    agent.eval()  # dropout and batch normalisation, where you add them, must not act here
     torch.manual_seed(args.seed)  # each evaluation draws the same actions
 
     @torch.inference_mode()
@@ -918,7 +919,7 @@ class Run:
         if not np.isfinite(value):
             self.bar.close()
             reason = f"the loss or a weight is {value} at step {self.step}"
-            fail(f"{reason}; the last checkpoint is good", code=1)
+            fail(f"{reason}; what was saved before is good", code=1)
 
     def log(self, group: str, **values) -> None:
         """One point of each chart. With "charts" go the episodes since the last point, the speed, the bar."""
@@ -1018,9 +1019,11 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def save_checkpoint(run_dir: Path, checkpoint: dict) -> None:
-    """Write checkpoint.pt. checkpoint: tensors and plain types only."""
+    """Write checkpoint.pt. checkpoint: tensors and plain types only, no arrays."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
+    buffer.seek(0)
+    torch.load(buffer, map_location="cpu", weights_only=True)  # fails if unreadable: the last one stays
     write_file(run_dir / "checkpoint.pt", buffer.getvalue())
 
 
@@ -1047,7 +1050,8 @@ def evaluate(args: Args, run_dir: Path, device: torch.device) -> dict:
 
     Each environment plays one episode a round and waits for the others: to take the first episodes that end
     would favour short ones. A greedy policy may walk in circles for ever; MAX_EVAL_STEPS ends its episode.
-    A policy with a memory of its own would have to forget at each reset, here and in record_video.
+    A policy with a memory of its own would have to forget at each reset, here and in record_video, where N
+    is 1: decision_transformer.py has one.
     """
     check_args(args)
     for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left to be saved

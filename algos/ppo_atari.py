@@ -178,7 +178,7 @@ class Agent(nn.Module):
         if ortho_init:
             # [Trick 1] Orthogonal weights keep signals and gradients at one scale from layer to layer
             # (https://arxiv.org/abs/1312.6120; the gain √2 is OpenAI's). Ablate: --no-ortho-init
-            for layer in self.network:
+            for layer in self.network:  # only its own layers: not those within a module that you add
                 if isinstance(layer, nn.Linear | nn.Conv2d):
                     nn.init.orthogonal_(layer.weight, 2**0.5)
                     nn.init.zeros_(layer.bias)
@@ -201,7 +201,7 @@ def fast_forward(network: nn.Sequential, frames: torch.Tensor, bf16: bool) -> to
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         x = x.to(torch.bfloat16 if bf16 else torch.float32)
         # Bytes to 0 … 1: dividing 8,192 weights is cheaper than 28,224 bytes of every stack.
-        x = nn.functional.conv2d(x, network[0].weight / 255, network[0].bias, network[0].stride)
+        x = nn.functional.conv2d(x, network[0].weight / 255, network[0].bias, network[0].stride)  # no padding
         x = network[1:-1](x)
     # The last layer needs more digits: after 2 the next bfloat16 is 2.016; values in Pong differ by 0.001.
     return network[-1](x.float())
@@ -392,10 +392,10 @@ def train(args: Args) -> dict:
         if args.anneal_lr:
             # [Trick 2] Ever smaller steps let the policy settle (the paper, table 5). Ablate: --no-anneal-lr
             learning_rate *= 1 - (run.step - args.batch_size) / args.total_timesteps
-        optimizer.param_groups[0]["lr"] = learning_rate  # known from the step: nothing of it is to be saved
+        optimizer.param_groups[0]["lr"] = learning_rate  # known from the step: overrules any scheduler
         # The row numbers of all epochs go to the device at once: then Python waits for no GPU until [D].
         order = torch.cat([torch.randperm(T * N) for _ in range(args.update_epochs)]).to(device)  # (K*T*N,)
-        for rows in order.split(B):  # (B,)
+        for rows in order.split(B):  # (B,), mixed: a network with a memory would need them in order
             mb_advantages = b_advantages[rows]  # mb_: of the minibatch
             if args.norm_adv:
                 # [Trick 3] The policy's gradient has one size, whatever that of rewards (OpenAI's code).
@@ -404,7 +404,7 @@ def train(args: Args) -> dict:
                 mb_advantages = normalized.view(ranks.count, B)[ranks.rank]
             old_log_probs = b_old_log_probs[rows]
             new_logits, new_values = agent(b_obs[rows])  # (B, |A|), (B,)
-            new_log_probs = log_prob(new_logits, b_actions[rows])  # (B,)
+            new_log_probs = log_prob(new_logits, b_actions[rows])  # (B,), at first the old ones
             pg_loss = policy_loss(new_log_probs, old_log_probs, mb_advantages, args.clip_coef)
             value_clip = args.clip_coef if args.clip_vloss else None
             v_loss = value_loss(new_values, b_old_values[rows], b_returns[rows], value_clip)
@@ -698,6 +698,7 @@ def load_policy(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, device: t
     """
     agent = make_agent(args, envs, device)
     checkpoint = load_checkpoint(run_dir, agent=agent)
+    agent.eval()  # dropout and batch normalisation, where you add them, must not act here
     rng = np.random.default_rng(args.seed)
     num_actions = int(envs.single_action_space.n)
 
@@ -921,7 +922,7 @@ class Run:
         if not np.isfinite(value):
             self.bar.close()
             reason = f"the loss or a weight is {value} at step {self.step}"
-            fail(f"{reason}; the last checkpoint is good", code=1)
+            fail(f"{reason}; what was saved before is good", code=1)
 
     def log(self, group: str, **values) -> None:
         """One point of each chart. With "charts" go the episodes since the last point, the speed, the bar."""
@@ -1021,9 +1022,11 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def save_checkpoint(run_dir: Path, checkpoint: dict) -> None:
-    """Write checkpoint.pt. checkpoint: tensors and plain types only."""
+    """Write checkpoint.pt. checkpoint: tensors and plain types only, no arrays."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
+    buffer.seek(0)
+    torch.load(buffer, map_location="cpu", weights_only=True)  # fails if unreadable: the last one stays
     write_file(run_dir / "checkpoint.pt", buffer.getvalue())
 
 
@@ -1050,7 +1053,8 @@ def evaluate(args: Args, run_dir: Path, device: torch.device) -> dict:
 
     Each environment plays one episode a round and waits for the others: to take the first episodes that end
     would favour short ones. A greedy policy may walk in circles for ever; MAX_EVAL_STEPS ends its episode.
-    A policy with a memory of its own would have to forget at each reset, here and in record_video.
+    A policy with a memory of its own would have to forget at each reset, here and in record_video, where N
+    is 1: decision_transformer.py has one.
     """
     check_args(args)
     for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left to be saved

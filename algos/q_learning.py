@@ -504,7 +504,7 @@ class Run:
         """End with exit code 1 if the sum of the errors is NaN or infinite."""
         if not math.isfinite(value):
             self.bar.close()
-            fail(f"the error is {value} at step {self.step}; the last checkpoint is good", code=1)
+            fail(f"the error is {value} at step {self.step}; what was saved before is good", code=1)
 
     def log_is_due(self) -> bool:
         """Whether a point of the charts is due: a hundred a run, one per 1,000 episodes, one at the end."""

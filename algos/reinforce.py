@@ -306,7 +306,7 @@ def train(args: Args) -> dict:
         if args.anneal_lr:
             # [Trick 4] Ever smaller steps let the policy settle (common practice). Ablate: --no-anneal-lr
             learning_rate *= 1 - (run.episodes - N) / args.total_episodes
-        optimizer.param_groups[0]["lr"] = learning_rate  # known from the step: nothing of it is to be saved
+        optimizer.param_groups[0]["lr"] = learning_rate  # known from the step: overrules any scheduler
         charts = {"learning_rate": learning_rate}
         logits = agent.actor(b_obs)  # (M, |A|)
         pg_loss = -(b_advantages * log_prob(logits, b_actions)).mean()
@@ -433,6 +433,7 @@ def load_policy(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, device: t
     """The greedy policy of a run, observations (N, D) -> likeliest actions (N,), and its checkpoint."""
     agent = make_agent(args, envs, device)
     checkpoint = load_checkpoint(run_dir, agent=agent)
+    agent.eval()  # dropout and batch normalisation, where you add them, must not act here
 
     @torch.inference_mode()
     def policy(obs: np.ndarray) -> np.ndarray:
@@ -651,7 +652,7 @@ class Run:
         if not np.isfinite(value):
             self.bar.close()
             reason = f"the loss or a weight is {value} at step {self.step}"
-            fail(f"{reason}; the last checkpoint is good", code=1)
+            fail(f"{reason}; what was saved before is good", code=1)
 
     def log(self, group: str, **values) -> None:
         """One point of each chart. With "charts" go the episodes since the last point, the speed, the bar."""
@@ -751,9 +752,11 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def save_checkpoint(run_dir: Path, checkpoint: dict) -> None:
-    """Write checkpoint.pt. checkpoint: tensors and plain types only."""
+    """Write checkpoint.pt. checkpoint: tensors and plain types only, no arrays."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
+    buffer.seek(0)
+    torch.load(buffer, map_location="cpu", weights_only=True)  # fails if unreadable: the last one stays
     write_file(run_dir / "checkpoint.pt", buffer.getvalue())
 
 
@@ -780,7 +783,8 @@ def evaluate(args: Args, run_dir: Path, device: torch.device) -> dict:
 
     Each environment plays one episode a round and waits for the others: to take the first episodes that end
     would favour short ones. A greedy policy may walk in circles for ever; MAX_EVAL_STEPS ends its episode.
-    A policy with a memory of its own would have to forget at each reset, here and in record_video.
+    A policy with a memory of its own would have to forget at each reset, here and in record_video, where N
+    is 1: decision_transformer.py has one.
     """
     check_args(args)
     for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left to be saved

@@ -190,7 +190,7 @@ def train(args: Args) -> dict:
     env = make_env(args)
     num_states = int(env.observation_space.n)
     num_actions = int(env.action_space.n)
-    # Lists instead of arrays: for one number at a time, Python is faster than NumPy.
+    # Lists instead of arrays: for one number at a time, Python is faster than NumPy; evaluations use lists.
     q_table = [[args.initial_value] * num_actions for _ in range(num_states)]  # Q(s,a), (|S|, |A|)
     visits = [[0] * num_actions for _ in range(num_states)]  # how often a was taken in s, (|S|, |A|)
     rng = random.Random(args.seed)
@@ -237,7 +237,7 @@ def train(args: Args) -> dict:
                     error = target - q_table[s][a]
                     alpha = step_size(args.learning_rate, visits[s][a], args.lr_visits)
                     q_table[s][a] += alpha * error  # (7)
-                    visits[s][a] += 1
+                    visits[s][a] += 1  # for step_size: without it --lr-visits would do nothing
                     errors += abs(error)
                     if not ended:
                         break  # only the oldest step has its n rewards
@@ -525,7 +525,7 @@ class Run:
         """End with exit code 1 if the sum of the errors is NaN or infinite."""
         if not math.isfinite(value):
             self.bar.close()
-            fail(f"the error is {value} at step {self.step}; the last checkpoint is good", code=1)
+            fail(f"the error is {value} at step {self.step}; what was saved before is good", code=1)
 
     def log_is_due(self) -> bool:
         """Whether a point of the charts is due: a hundred a run, one per 1,000 episodes, one at the end."""

@@ -562,6 +562,15 @@ def test_bad_settings_and_a_nan_end_the_training(tmp_path, capsys):
     assert "at step 42" in capsys.readouterr().err  # NaN from step 40 on, rollouts of 7 steps
 
 
+def test_what_could_not_be_read_again_replaces_no_checkpoint(tmp_path):
+    ppo.save_checkpoint(tmp_path, {"step": 1, "weights": torch.ones(2)})
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(Exception, match="numpy"):
+        ppo.save_checkpoint(tmp_path, {"step": 2, "weights": np.ones(2)})
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
 def test_training_and_evaluation_share_no_seed(tmp_path):
     Endings.seeds.clear()
     args = small(tmp_path, eval_episodes=43)

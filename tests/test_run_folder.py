@@ -565,8 +565,16 @@ def contents(path: Path) -> dict:
 
 
 def test_resume_restores_everything(finished_run, tmp_path, monkeypatch, capfd):
-    """A run whose budget is used up saves again what it has loaded: what was not restored would differ."""
+    """A run whose budget is used up saves again what it has loaded: what was not restored would differ.
+
+    A network that learned is evaluated by a network of its own, without what only acts in training (dropout).
+    """
     name, run_dir, _, _ = finished_run
+    module = importlib.import_module(name)
+    agents = []
+    if hasattr(module, "make_agent"):
+        make_agent = module.make_agent
+        monkeypatch.setattr(module, "make_agent", lambda *a: agents.append(make_agent(*a)) or agents[-1])
     shutil.copytree(run_dir, tmp_path / "run")
     before = contents(tmp_path / "run" / CASES[name].checkpoint)
     code, _, err = call(name, "--resume", tmp_path / "run", monkeypatch=monkeypatch, capfd=capfd)
@@ -575,6 +583,8 @@ def test_resume_restores_everything(finished_run, tmp_path, monkeypatch, capfd):
     for rates in (before, after):  # set anew from the flag and the schedule
         rates.pop("/optimizer/param_groups/0/lr", None)
     np.testing.assert_equal(after, before)
+    assert len(agents) == (2 if hasattr(module, "make_agent") else 0)
+    assert not agents or not agents[-1].training
 
 
 def test_the_seed_decides_every_number(finished_run, tmp_path, monkeypatch, capfd):
