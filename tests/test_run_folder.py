@@ -119,12 +119,12 @@ CASES = {
     ),
     "dqn_atari": Case(
         budget="--total-timesteps",
-        small=3000,
-        # --end-e 1: a network that has learned nothing would never serve the ball.
+        small=1500,
+        # A game of RoadRunner is short, whatever the player does.
         flags=[
-            *("--env-id", "ALE/Breakout-v5", "--num-envs", "4", "--learning-starts", "500"),
-            *("--buffer-size", "1000", "--train-frequency", "50", "--batch-size", "8"),
-            *("--eval-episodes", "2", "--checkpoint-every", "500", "--end-e", "1"),
+            *("--env-id", "ALE/RoadRunner-v5", "--num-envs", "4", "--learning-starts", "300"),
+            *("--buffer-size", "400", "--train-frequency", "40", "--batch-size", "8", "--end-e", "1"),
+            *("--eval-episodes", "2", "--checkpoint-every", "300"),
         ],
         refused={
             "CartPole-v1": "ppo.py",
@@ -140,7 +140,7 @@ CASES = {
         },
         bad_flags=[
             ["--num-envs", "0"],
-            ["--learning-starts", "3000"],
+            ["--learning-starts", "1500"],
             ["--buffer-size", "7"],
             ["--buffer-size", "1000000000"],
             ["--end-e", "2"],
@@ -583,8 +583,7 @@ def test_resume_restores_everything(finished_run, tmp_path, monkeypatch, capfd):
     for rates in (before, after):  # set anew from the flag and the schedule
         rates.pop("/optimizer/param_groups/0/lr", None)
     np.testing.assert_equal(after, before)
-    assert len(agents) == (2 if hasattr(module, "make_agent") else 0)
-    assert not agents or not agents[-1].training
+    assert not agents or (agents[0].training or name == "decision_transformer") and not agents[-1].training
 
 
 def test_the_seed_decides_every_number(finished_run, tmp_path, monkeypatch, capfd):
@@ -601,7 +600,8 @@ def test_the_seed_decides_every_number(finished_run, tmp_path, monkeypatch, capf
         results.append([result[key] for key in ("global_step", "episodes", "mean_reward", "std_reward")])
     np.testing.assert_equal(charts[0], charts[1])
     assert results[0] == results[1]
-    assert charts[0]["charts/episodic_return"] != charts[2]["charts/episodic_return"]
+    of_episodes = ("charts/episodic_return", "charts/episodic_length")
+    assert any(charts[0][tag] != charts[2][tag] for tag in of_episodes)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
