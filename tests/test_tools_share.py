@@ -607,18 +607,17 @@ def test_an_interruption_leaves_no_half_film(home, hub, tool, monkeypatch):
     assert hub.files(REPO)["replay.mp4"] == b"a film" == (folder / "replay.mp4").read_bytes()
 
 
-def test_a_film_follows_no_link(home, hub, tool):
-    """A run folder from somebody else may hold links, also of the name that a film has while it is copied."""
+@pytest.mark.parametrize("name", ["replay.mp4", "tmp-replay.mp4", "policy.png", "events.out.tfevents.1.link"])
+def test_a_run_with_a_link_is_refused(name, home, hub, tool):
+    """A run folder from somebody else may hold links: where they lead must neither go nor be overwritten."""
     folder = fake_run(home / "run")
     (home / "diary").write_text("mine")
-    (folder / "replay.mp4").unlink()
-    (folder / "replay.mp4").symlink_to(home / "diary")
-    (folder / "tmp-replay.mp4").symlink_to(home / "diary")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(home / "diary")
     os.utime(home / "diary", (1, 1))
-    tool(folder, "--repo-id", REPO)
-    assert (home / "diary").read_text() == "mine"
-    assert (folder / "replay.mp4").read_bytes() == b"a film" and not (folder / "replay.mp4").is_symlink()
-    assert not (folder / "tmp-replay.mp4").is_symlink()
+    assert f"{name} in {folder} is a link" in tool(folder, "--repo-id", REPO, code=2)
+    assert (home / "diary").read_text() == "mine" and (folder / name).is_symlink()
+    assert not hub.repositories
 
 
 def test_the_page_goes_with_the_command_of_the_card(home, hub, tool):

@@ -148,6 +148,9 @@ def read_json(path: Path, name: str) -> dict:
 def share(args: Args) -> None:
     """Write the folder, look through it, upload it; with --dry-run leave it for the user to look at."""
     run = read_run(Path(args.run_dir), args.run_dir)
+    for path in sorted(run.folder.iterdir()):
+        if path.is_symlink():  # in a stranger's folder it could lead to anything of yours
+            fail(f"{path.name} in {args.run_dir} is a link: only what lies in the folder itself can go")
     hub = connect(args.timeout)
     token = hub.get_token()
     if token is None and not args.dry_run:
@@ -203,7 +206,7 @@ def is_stale(path: Path, run: SharedRun) -> bool:
 def keep_film(made: Path, film: Path) -> None:
     """Put a film into the run folder, whole or not at all: the next share would take half a film."""
     temporary = film.with_name("tmp-" + film.name)
-    temporary.unlink(missing_ok=True)  # a stranger's folder may hold a link of that name
+    temporary.unlink(missing_ok=True)  # left by a share that was killed
     try:
         shutil.copyfile(made, temporary)
         os.replace(temporary, film)
