@@ -258,7 +258,7 @@ TASKS = [
     Task(
         "Space Invaders orthogonal", "dqn_atari", "--ortho-init", 1, 200, "", "Space Invaders", "--ortho-init"
     ),
-    Task("Atari Pong", "dqn_atari", ATARI_PONG, 1, 20.6, "RL Zoo, 10M steps", label="DQN (dqn_atari)"),
+    Task("Atari Pong", "dqn_atari", ATARI_PONG, 3, 20.6, "RL Zoo, 10M steps", label="DQN (dqn_atari)"),
     Task(
         "Atari Pong PPO",
         "ppo_atari",
