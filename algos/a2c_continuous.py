@@ -360,7 +360,7 @@ def train(args: Args) -> dict:
         if args.anneal_lr:
             # [Trick 2] Ever smaller steps let the policy settle (the paper). Ablate: --no-anneal-lr
             learning_rate *= 1 - (run.step - args.batch_size) / args.total_timesteps
-        optimizer.param_groups[0]["lr"] = learning_rate  # known from the step: overrules any scheduler
+        optimizer.param_groups[0]["lr"] = learning_rate  # set each time: a scheduler would change nothing
         features = agent.features(normed_obs)  # (T*N, |φ|)
         stds = agent.noise.std(features)  # (T*N, |A|)
         log_probs = gaussian_log_prob(b_actions, agent.mean(features), stds)  # (T*N,)
@@ -369,7 +369,9 @@ def train(args: Args) -> dict:
         loss = pg_loss + args.vf_coef * v_loss  # (9)
         if args.ent_coef:
             loss = loss - args.ent_coef * gaussian_entropy(stds)  # (9)
-        weights.grad.zero_()  # not optimizer.zero_grad(): that would cut these numbers off from the network's
+        # Else the gradients of all rollouts would add up. Not by optimizer.zero_grad(): it drops this tensor,
+        # of which the gradients of the layers are parts, and nothing would be learned.
+        weights.grad.zero_()
         loss.backward()
         # [Trick 5] One odd batch must not throw the policy off (OpenAI's code). Ablate: --max-grad-norm 0
         grad_norm = nn.utils.clip_grad_norm_(weights, args.max_grad_norm or torch.inf)

@@ -193,7 +193,8 @@ class Layer(nn.Module):
         B, L, E = x.shape
         qkv = self.query_key_value(self.attention_norm(x)).view(B, L, 3, self.num_heads, E // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, d)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (4); its dropout_p heeds no eval()
+        # Its argument dropout_p would act in evaluations, too: agent.eval() switches layers only.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (4)
         y = y.transpose(1, 2).reshape(B, L, E)  # (B, heads, L, d) -> (B, L, E)
         # [Trick 4] Zeros at random places keep a network from learning its data by heart, which long training
         # on little data leads to (https://jmlr.org/papers/v15/srivastava14a.html). Off by default, for
@@ -413,7 +414,7 @@ def train(args: Args) -> dict:
             # [Trick 5] Ever smaller steps average the noise of the batches away (common practice).
             # Ablate: --no-anneal-lr
             learning_rate *= (args.total_updates - run.step) / (args.total_updates - args.warmup_updates)
-        optimizer.param_groups[0]["lr"] = learning_rate  # known from the step: overrules any scheduler
+        optimizer.param_groups[0]["lr"] = learning_rate  # set each time: a scheduler would change nothing
         optimizer.zero_grad()
         loss.backward()
         # [Trick 2] One odd batch must not throw the agent off (the authors' code). Ablate: --max-grad-norm 0

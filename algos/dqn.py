@@ -151,7 +151,7 @@ class Agent(nn.Module):
     def __init__(self, obs_dim: int, num_actions: int, args: Args) -> None:
         super().__init__()
         # [Trick 5] CartPole's angle stays within 0.2 while its speeds reach 3: from raw numbers a network
-        # hardly sees the angle at first. In the end it learns to, and CartPole to 500. Ablate: --no-norm-obs
+        # hardly sees the angle at first, though it reaches 500 in the end. Ablate: --no-norm-obs
         limit = 10.0 if args.norm_obs else math.inf  # without updates norm_obs leaves x as it is
         self.norm_obs = RunningNorm(obs_dim, limit=limit)  # (7), defined below
         layers = []
@@ -298,7 +298,7 @@ def train(args: Args) -> dict:
         if args.anneal_lr:
             # [Trick 6] Ever smaller steps let the values settle. Ablate: --no-anneal-lr
             learning_rate *= 1 - (run.step - N) / args.total_timesteps
-        optimizer.param_groups[0]["lr"] = learning_rate  # known from the step: overrules any scheduler
+        optimizer.param_groups[0]["lr"] = learning_rate  # set each time: a scheduler would change nothing
         due = run.step // args.train_frequency * args.gradient_steps  # minibatches by now
         batches = memory.sample(due - updates, args.batch_size) if due > updates else []
         for b_obs, b_actions, b_rewards, b_next_obs, b_terminated in batches:

@@ -45,7 +45,7 @@ Run: python algos/dqn_atari.py --env-id ALE/SpaceInvaders-v5
          --learning-starts 10000 --learning-rate 2e-4
 Expect: in Space Invaders an episodic return (sum of a game's rewards, undiscounted) of 707.5, 608.0 or 697.5
 (seeds 1, 2, 3) after a million steps, 65 minutes on one core of a CPU; random play has 150. In Pong 19.9,
-18.5 and 8.0 of at most 21 after 53 minutes: seed 3 begins to win late, and needs a larger budget.
+18.5 and 8.0 of at most 21 (seeds 1, 2, 3); 53 minutes with a core for itself. Seed 3 begins to win late.
 """
 
 import difflib
@@ -168,7 +168,7 @@ class Agent(nn.Module):
             # own weights are smaller: what Pong's ball adds to the bright ground fades from layer to layer,
             # and before the ball is seen, lost points turn ReLUs off for good. Off: Space Invaders, on dark
             # ground, ended at 274.5 with it (seed 1 only), at 608.0 to 707.5 without. Try: --ortho-init
-            for layer in self.network:  # only its own layers: not those within a module that you add
+            for layer in self.network:  # modules that you put into it keep PyTorch's weights
                 if isinstance(layer, nn.Linear | nn.Conv2d):
                     nn.init.orthogonal_(layer.weight, 0.01 if layer is self.network[-1] else 2**0.5)
                     nn.init.zeros_(layer.bias)
@@ -179,7 +179,7 @@ class Agent(nn.Module):
 
 
 def fast_forward(network: nn.Sequential, frames: torch.Tensor, bf16: bool) -> torch.Tensor:
-    """network(frames / 255) up to rounding, and faster. A first reading may skip this function."""
+    """network(frames / 255) up to rounding, and faster. You may skip it. Its first layer must not pad."""
     # Convolutions are fastest with channels last, and bytes are the cheapest to rearrange.
     x = frames.contiguous(memory_format=torch.channels_last)
     # [Trick 6] bfloat16, 16 bits a number, has 2 to 3 decimal digits. Features need no more; sums and weights
@@ -187,7 +187,7 @@ def fast_forward(network: nn.Sequential, frames: torch.Tensor, bf16: bool) -> to
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         x = x.to(torch.bfloat16 if bf16 else torch.float32)
         # Bytes to 0 … 1: dividing 8,192 weights is cheaper than 28,224 bytes of every stack.
-        x = nn.functional.conv2d(x, network[0].weight / 255, network[0].bias, network[0].stride)  # no padding
+        x = nn.functional.conv2d(x, network[0].weight / 255, network[0].bias, network[0].stride)
         x = network[1:-1](x)
     # The last layer needs more digits: after 2 the next bfloat16 is 2.016; values in Pong differ by 0.001.
     return network[-1](x.float())
@@ -262,7 +262,8 @@ class ReplayMemory:
         rows = rows[:batch_size]
         around = rows[:, None] + self.num_envs * np.arange(1 - STACK, 2)  # (B, 5)
         frames = self.frames[around % len(self.frames)]
-        # For n steps all n rows must be valid, up to a termination, or another game mixes in.
+        # To learn from n steps at once, check that all n rows are valid, up to a termination: else a
+        # transition would go on in another game.
         return frames, self.actions[rows].astype(np.int64), self.rewards[rows], self.terminated[rows]
 
 

@@ -394,7 +394,7 @@ def train(args: Args) -> dict:
         if args.anneal_lr:
             # [Trick 2] Ever smaller steps let the policy settle (OpenAI's code). Ablate: --no-anneal-lr
             learning_rate *= 1 - (run.step - args.batch_size) / args.total_timesteps
-        optimizer.param_groups[0]["lr"] = learning_rate  # known from the step: overrules any scheduler
+        optimizer.param_groups[0]["lr"] = learning_rate  # set each time: a scheduler would change nothing
         for _ in range(args.update_epochs):
             order = torch.randperm(args.batch_size).to(device)
             for rows in order.split(minibatch_size):  # (B,)

@@ -178,7 +178,7 @@ class Agent(nn.Module):
         if ortho_init:
             # [Trick 1] Orthogonal weights keep signals and gradients at one scale from layer to layer
             # (https://arxiv.org/abs/1312.6120; the gain √2 is OpenAI's). Ablate: --no-ortho-init
-            for layer in self.network:  # only its own layers: not those within a module that you add
+            for layer in self.network:  # modules that you put into it keep PyTorch's weights
                 if isinstance(layer, nn.Linear | nn.Conv2d):
                     nn.init.orthogonal_(layer.weight, 2**0.5)
                     nn.init.zeros_(layer.bias)
@@ -193,7 +193,7 @@ class Agent(nn.Module):
 
 
 def fast_forward(network: nn.Sequential, frames: torch.Tensor, bf16: bool) -> torch.Tensor:
-    """network(frames / 255) up to rounding, and faster. A first reading may skip this function."""
+    """network(frames / 255) up to rounding, and faster. You may skip it. Its first layer must not pad."""
     # Convolutions are fastest with channels last, and bytes are the cheapest to rearrange.
     x = frames.contiguous(memory_format=torch.channels_last)
     # [Trick 6] bfloat16, 16 bits a number, has 2 to 3 decimal digits. Features need no more; sums and weights
@@ -201,7 +201,7 @@ def fast_forward(network: nn.Sequential, frames: torch.Tensor, bf16: bool) -> to
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         x = x.to(torch.bfloat16 if bf16 else torch.float32)
         # Bytes to 0 … 1: dividing 8,192 weights is cheaper than 28,224 bytes of every stack.
-        x = nn.functional.conv2d(x, network[0].weight / 255, network[0].bias, network[0].stride)  # no padding
+        x = nn.functional.conv2d(x, network[0].weight / 255, network[0].bias, network[0].stride)
         x = network[1:-1](x)
     # The last layer needs more digits: after 2 the next bfloat16 is 2.016; values in Pong differ by 0.001.
     return network[-1](x.float())
@@ -392,10 +392,10 @@ def train(args: Args) -> dict:
         if args.anneal_lr:
             # [Trick 2] Ever smaller steps let the policy settle (the paper, table 5). Ablate: --no-anneal-lr
             learning_rate *= 1 - (run.step - args.batch_size) / args.total_timesteps
-        optimizer.param_groups[0]["lr"] = learning_rate  # known from the step: overrules any scheduler
+        optimizer.param_groups[0]["lr"] = learning_rate  # set each time: a scheduler would change nothing
         # The row numbers of all epochs go to the device at once: then Python waits for no GPU until [D].
         order = torch.cat([torch.randperm(T * N) for _ in range(args.update_epochs)]).to(device)  # (K*T*N,)
-        for rows in order.split(B):  # (B,), mixed: a network with a memory would need them in order
+        for rows in order.split(B):  # (B,), shuffled: a recurrent network would need steps in order
             mb_advantages = b_advantages[rows]  # mb_: of the minibatch
             if args.norm_adv:
                 # [Trick 3] The policy's gradient has one size, whatever that of rewards (OpenAI's code).
@@ -404,7 +404,7 @@ def train(args: Args) -> dict:
                 mb_advantages = normalized.view(ranks.count, B)[ranks.rank]
             old_log_probs = b_old_log_probs[rows]
             new_logits, new_values = agent(b_obs[rows])  # (B, |A|), (B,)
-            new_log_probs = log_prob(new_logits, b_actions[rows])  # (B,), at first the old ones
+            new_log_probs = log_prob(new_logits, b_actions[rows])  # (B,)
             pg_loss = policy_loss(new_log_probs, old_log_probs, mb_advantages, args.clip_coef)
             value_clip = args.clip_coef if args.clip_vloss else None
             v_loss = value_loss(new_values, b_old_values[rows], b_returns[rows], value_clip)

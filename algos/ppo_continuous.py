@@ -372,7 +372,7 @@ def train(args: Args) -> dict:
         if args.anneal_lr:
             # [Trick 2] Ever smaller steps let the policy settle (OpenAI's code). Ablate: --no-anneal-lr
             learning_rate *= 1 - (run.step - args.batch_size) / args.total_timesteps
-        optimizer.param_groups[0]["lr"] = learning_rate  # known from the step: overrules any scheduler
+        optimizer.param_groups[0]["lr"] = learning_rate  # set each time: a scheduler would change nothing
         for epoch in range(args.update_epochs):
             if epoch == 0 or args.recompute_advantages:
                 # [Trick 10] In the epoch before, the value network learned; now it judges the same actions

@@ -306,7 +306,7 @@ def train(args: Args) -> dict:
         if args.anneal_lr:
             # [Trick 4] Ever smaller steps let the policy settle (common practice). Ablate: --no-anneal-lr
             learning_rate *= 1 - (run.episodes - N) / args.total_episodes
-        optimizer.param_groups[0]["lr"] = learning_rate  # known from the step: overrules any scheduler
+        optimizer.param_groups[0]["lr"] = learning_rate  # set each time: a scheduler would change nothing
         charts = {"learning_rate": learning_rate}
         logits = agent.actor(b_obs)  # (M, |A|)
         pg_loss = -(b_advantages * log_prob(logits, b_actions)).mean()
