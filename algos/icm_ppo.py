@@ -787,6 +787,7 @@ def check_args(args: Args) -> None:
     check_settings(args)
     if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo films without a screen; read when imported
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # so does pygame, which draws Gymnasium's games
     try:
         envs = make_envs(args, 1)
     except Exception as error:  # environments and the packages behind them fail in many ways

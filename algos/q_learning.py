@@ -406,6 +406,9 @@ def check_args(args: Args) -> None:
             wanted = ", ".join(listed) or " or ".join(kind.__name__ for kind in kinds)
             fail(f"--{name.replace('_', '-')} {value} is none of {wanted}")
     check_settings(args)
+    if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
+        # pygame, which draws Gymnasium's games, films without a screen.
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     try:
         env = make_env(args)
     except Exception as error:  # environments refuse their options in many ways

@@ -391,6 +391,12 @@ def finished_run(request, tmp_path_factory):
     return name, run_dir, out, err
 
 
+@pytest.fixture
+def copied_run(finished_run, tmp_path):
+    """A copy of the finished run, to damage: the script's name and the folder."""
+    return finished_run[0], Path(shutil.copytree(finished_run[1], tmp_path / "run"))
+
+
 def test_a_run_leaves_its_folder(finished_run):
     name, run_dir, out, err = finished_run
     case = CASES[name]
@@ -419,6 +425,7 @@ def test_a_run_leaves_its_folder(finished_run):
     assert frames > 1 and seconds > 0
     assert len(out.strip().splitlines()) == 1, "one summary line on the console"
     assert "return" in err, "the progress bar shows the mean return"
+    assert "error" not in err, "what other libraries say about a film without a screen"
 
 
 def test_a_film_shows_every_step_of_an_episode(tmp_path):
@@ -564,22 +571,21 @@ def contents(path: Path) -> dict:
     return flat
 
 
-def test_resume_restores_everything(finished_run, tmp_path, monkeypatch, capfd):
+def test_resume_restores_everything(copied_run, monkeypatch, capfd):
     """A run whose budget is used up saves again what it has loaded: what was not restored would differ.
 
     A network that learned is evaluated by a network of its own, without what only acts in training (dropout).
     """
-    name, run_dir, _, _ = finished_run
+    name, run_dir = copied_run
     module = importlib.import_module(name)
     agents = []
     if hasattr(module, "make_agent"):
         make_agent = module.make_agent
         monkeypatch.setattr(module, "make_agent", lambda *a: agents.append(make_agent(*a)) or agents[-1])
-    shutil.copytree(run_dir, tmp_path / "run")
-    before = contents(tmp_path / "run" / CASES[name].checkpoint)
-    code, _, err = call(name, "--resume", tmp_path / "run", monkeypatch=monkeypatch, capfd=capfd)
+    before = contents(run_dir / CASES[name].checkpoint)
+    code, _, err = call(name, "--resume", run_dir, monkeypatch=monkeypatch, capfd=capfd)
     assert code == 0, err
-    after = contents(tmp_path / "run" / CASES[name].checkpoint)
+    after = contents(run_dir / CASES[name].checkpoint)
     for rates in (before, after):  # set anew from the flag and the schedule
         rates.pop("/optimizer/param_groups/0/lr", None)
     np.testing.assert_equal(after, before)
@@ -643,8 +649,8 @@ def test_interrupted_killed_and_resumed(name, tmp_path, monkeypatch, capfd):
     assert [step for step, _ in charts] == sorted({step for step, _ in charts}), "no point twice"
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_bad_input_is_one_line_and_exit_code_2(name, tmp_path, monkeypatch, capfd):
+def test_bad_input_is_one_line_and_exit_code_2(copied_run, tmp_path, monkeypatch, capfd):
+    name, run_dir = copied_run
     case = CASES[name]
 
     def refused(*argv) -> str:
@@ -666,12 +672,8 @@ def test_bad_input_is_one_line_and_exit_code_2(name, tmp_path, monkeypatch, capf
         refused(*case.command, *flags, *new)
     refused("--evaluate", tmp_path / "nothing")
     refused("--resume", tmp_path / "nothing")
-    code, _, err = call(
-        name, *case.command, "--run-dir", tmp_path / "run", monkeypatch=monkeypatch, capfd=capfd
-    )
-    assert code == 0, err
-    assert "--resume" in refused(*case.command, "--run-dir", tmp_path / "run"), "a run is not overwritten"
-    checkpoint = tmp_path / "run" / case.checkpoint
+    assert "--resume" in refused(*case.command, "--run-dir", run_dir), "a run is not overwritten"
+    checkpoint = run_dir / case.checkpoint
     whole = checkpoint.read_bytes()
 
     class Bomb:
@@ -680,12 +682,12 @@ def test_bad_input_is_one_line_and_exit_code_2(name, tmp_path, monkeypatch, capf
 
     for damaged in (whole[: len(whole) // 2], b"", pickle.dumps({"agent": Bomb()}), bomb_file(case, Bomb())):
         checkpoint.write_bytes(damaged)
-        refused("--evaluate", tmp_path / "run")
-        refused("--resume", tmp_path / "run")
+        refused("--evaluate", run_dir)
+        refused("--resume", run_dir)
     checkpoint.unlink()
-    refused("--evaluate", tmp_path / "run")
-    (tmp_path / "run" / "args.json").write_text("{")
-    refused("--evaluate", tmp_path / "run")
+    refused("--evaluate", run_dir)
+    (run_dir / "args.json").write_text("{")
+    refused("--evaluate", run_dir)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -850,15 +852,10 @@ def test_resume_takes_the_settings_of_the_optimizer_that_are_given_now(name, tmp
     again.lock.close()
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_flipped_bit_is_a_line_or_changes_nothing(name, tmp_path, monkeypatch, capfd):
+def test_a_flipped_bit_is_a_line_or_changes_nothing(copied_run):
     """Of a checkpoint's bits some are padding; no other may go unnoticed."""
-    case, module = CASES[name], importlib.import_module(name)
-    code, _, err = call(
-        name, *case.command, "--run-dir", tmp_path / "run", monkeypatch=monkeypatch, capfd=capfd
-    )
-    assert code == 0, err
-    path = tmp_path / "run" / case.checkpoint
+    name, run_dir = copied_run
+    module, path = importlib.import_module(name), run_dir / CASES[name].checkpoint
     whole, before = path.read_bytes(), contents(path)
     rng, noticed = np.random.default_rng(0), 0
     for position in rng.integers(len(whole), size=40):
@@ -867,11 +864,11 @@ def test_a_flipped_bit_is_a_line_or_changes_nothing(name, tmp_path, monkeypatch,
         path.write_bytes(damaged)
         try:
             if name in copy_block.WITH_TORCH:
-                module.load_checkpoint(tmp_path / "run")
+                module.load_checkpoint(run_dir)
             else:
-                env = module.make_env(module.Args(**saved_args(tmp_path / "run")))
+                env = module.make_env(module.Args(**saved_args(run_dir)))
                 sizes = (int(env.observation_space.n), int(env.action_space.n))
-                module.load_checkpoint(tmp_path / "run", *sizes)
+                module.load_checkpoint(run_dir, *sizes)
         except SystemExit as stop:
             assert stop.code == 2
             noticed += 1
@@ -1088,10 +1085,9 @@ def test_a_flag_that_does_not_exist_is_one_line(name, monkeypatch, capfd):
     assert code == 2 and not out and len(err.splitlines()) == 1 and "no-such-flag" in err
 
 
-def test_ctrl_c_while_evaluating_ends_quietly(tmp_path):
-    run_dir = tmp_path / "run"
-    process = start("ppo", *CASES["ppo"].command, "--run-dir", run_dir)
-    assert process.communicate(timeout=300) and process.returncode == 0
+@pytest.mark.parametrize("finished_run", ["ppo"], indirect=True)
+def test_ctrl_c_while_evaluating_ends_quietly(finished_run):
+    run_dir = finished_run[1]
     for number in (signal.SIGINT, signal.SIGTERM):
         process = start("ppo", "--evaluate", run_dir, "--eval-episodes", "1000000")
         seen = ""
