@@ -53,7 +53,7 @@ References: decision transformer https://arxiv.org/abs/2106.01345, the transform
 https://arxiv.org/abs/1706.03762, the order of its parts https://arxiv.org/abs/2002.04745, offline learning
 https://arxiv.org/abs/2005.01643, the data sets https://minari.farama.org
 
-Read first: reinforce.py (returns), dqn_atari.py (learning from old experience).
+Read first: reinforce.py (returns), dqn.py (learning from old experience).
 New here: no environment while learning, a transformer, a policy that is told what return to get.
 Run: python algos/decision_transformer.py
 Expect: after 600 updates and 20 seconds of one core −7.04, −5.38 and −5.31 (seeds 1, 2, 3), asked for what

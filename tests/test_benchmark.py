@@ -233,6 +233,20 @@ def test_scale_counts_the_second_half_of_a_training():
     assert scale.speed([(0.0, 0), (100.0, 10), (102.0, 40)]) == 15
 
 
+def test_the_path_is_drawn_as_the_scripts_say_it():
+    """An arrow leads from a script that is to be read first; what is to be read first lies upstream."""
+    import pictures
+
+    def upstream(name: str) -> set[str]:
+        before = {first for first, second in pictures.STEPS if second == name}
+        return before.union(*map(upstream, before))
+
+    for name in pictures.SCRIPTS:
+        text = (pictures.HERE.parents[1] / "algos" / f"{name}.py").read_text()
+        named = set(re.findall(r"(\w+)\.py", text.split("Read first:")[1].split("New here:")[0]))
+        assert {first for first, second in pictures.STEPS if second == name} <= named <= upstream(name), name
+
+
 def test_recordings_of_half_way_agents_are_judged_by_their_best_tenth():
     returns = np.random.default_rng(1).permutation(np.arange(37.0))
     assert medium.best_tenth(returns).tolist() == [34, 35, 36]

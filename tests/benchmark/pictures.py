@@ -21,7 +21,7 @@ SCRIPTS = {
     "a2c_continuous": (2, 1, ORANGE, "a critic; continuous\nactions"),
     "ppo": (3, 1, ORANGE, "several safe steps\nfrom one batch"),
     "decision_transformer": (2, 2, PURPLE, "learning from\nrecordings only"),
-    "ppo_continuous": (4, 2, ORANGE, "robots; running\nstatistics"),
+    "ppo_continuous": (4, 2, ORANGE, "densities; advantages\nanew in each epoch"),
     "ppo_atari": (4, 3, ORANGE, "from pixels; in\nseveral processes"),
     "rnd_ppo": (4, 1, ORANGE, "curiosity"),
     "icm_ppo": (5, 1, ORANGE, "curiosity about\nwhat comes next"),
@@ -30,7 +30,7 @@ STEPS = [
     *(("q_learning", "sarsa"), ("q_learning", "dqn"), ("q_learning", "reinforce")),
     *(("reinforce", "a2c_continuous"), ("a2c_continuous", "ppo"), ("ppo", "rnd_ppo")),
     *(("ppo", "ppo_continuous"), ("ppo", "ppo_atari"), ("dqn", "dqn_atari"), ("rnd_ppo", "icm_ppo")),
-    ("reinforce", "decision_transformer"),
+    *(("reinforce", "decision_transformer"), ("dqn", "decision_transformer"), ("dqn_atari", "ppo_atari")),
 ]
 
 
