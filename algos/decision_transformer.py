@@ -24,7 +24,7 @@ Equations
     (8)  R_{t+1} = R_t − r_t                                 in play: what is left of the wish
 
 Attention, (4), is how a token looks back. Its query q_i is compared with the key k_j of each earlier token
-and of itself; the closer the match, the more it takes over of v_j, named value (no return). Later tokens are
+and of itself; the closer the match, the more it takes over of v_j, its value (not a V(s)). Later tokens are
 out of sight (causal): one pass trains K predictions, none of which has seen its answer. If an episode ends
 inside the window, useless steps fill the rest: they come last, so no real token looks at them (padding).
 e_t, learned for each time step t, tells the three tokens of a step which step of the episode it is. A head is
@@ -47,8 +47,8 @@ Symbols
     y         what it takes over, of all heads       M, N, L   data steps, environments, loss (Layer: tokens)
     z         logits; or the action before tanh      W, b      weights and bias, in each place their own
     e_t       learned for time step t                q, k, v   query, key, value of a token
-Departures from the paper: windows are filled up behind, not in front; the learning rate falls to 0; integer
-states and discrete actions are vectors of zeros with a one; returns are divided by their deviation.
+Departures from the paper: windows are padded at the end, not in front; the learning rate falls to 0; integer
+states and discrete actions are one-hot vectors; returns are divided by their deviation.
 References: decision transformer https://arxiv.org/abs/2106.01345, the transformer
 https://arxiv.org/abs/1706.03762, the order of its parts https://arxiv.org/abs/2002.04745, offline learning
 https://arxiv.org/abs/2005.01643, the data sets https://minari.farama.org
@@ -98,7 +98,7 @@ class Args:
     random_episodes: int = 1000  # without a dataset: this many episodes of random play are the data
     # algorithm
     total_updates: int = 600  # budget: gradient steps
-    target_returns: list[float] = field(default_factory=list)  # wishes, the first is scored; none: best known
+    target_returns: list[float] = field(default_factory=list)  # to ask for; first: scored; empty: best known
     condition: bool = True  # off: no return tokens, which is behaviour cloning
     context_length: int = 4  # K, steps that the transformer sees
     batch_size: int = 64  # B, windows per gradient step
@@ -109,7 +109,7 @@ class Args:
     width: int = 64  # E, numbers per token
     max_episode_steps: int = 1000  # how many e_t there are; random play is cut off there
     warmup_updates: int = 60  # [Trick 1] gradient steps in which the learning rate rises from 0
-    max_grad_norm: float = 0.25  # [Trick 2] longest gradient that is followed; 0 for no limit
+    max_grad_norm: float = 0.25  # [Trick 2] longer gradients are shortened to this (clipping); 0: no limit
     norm_obs: bool = True  # [Trick 3] observations shifted and scaled to mean 0, deviation 1
     dropout: float = 0.0  # [Trick 4] share of numbers that is set to 0 in training
     anneal_lr: bool = True  # [Trick 5] after its rise the learning rate falls linearly to 0
@@ -226,7 +226,7 @@ class Agent(nn.Module):
         self.dropout = nn.Dropout(args.dropout)
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_scale", torch.ones(obs_dim))  # 1 / deviation
-        self.register_buffer("return_scale", torch.ones(()))  # deviation of R
+        self.register_buffer("return_scale", torch.ones(()))  # deviation of R: a divisor, obs_scale is not
         self.register_buffer("best_return", torch.zeros(()))  # of all episodes
         self.register_buffer("last_step", torch.zeros((), dtype=torch.int64))  # of the longest one
 
@@ -380,7 +380,7 @@ def train(args: Args) -> dict:
     agent = make_agent(args, envs, device)
     args = replace(args, bf16=agent.bf16)  # args.json shall say whether this device has bfloat16
     # [A] data
-    episodes = random_episodes(args) if dataset is None else read_episodes(dataset, envs)  # below the line
+    episodes = random_episodes(args) if dataset is None else read_episodes(dataset, envs)  # defined below
     data = checked(Data(episodes, device))
     agent.last_step.copy_(data.steps.max().clamp(max=args.max_episode_steps - 1))
     spread = data.to_go.std(correction=0)
@@ -414,7 +414,7 @@ def train(args: Args) -> dict:
             # [Trick 5] Ever smaller steps average the noise of the batches away (common practice).
             # Ablate: --no-anneal-lr
             learning_rate *= (args.total_updates - run.step) / (args.total_updates - args.warmup_updates)
-        optimizer.param_groups[0]["lr"] = learning_rate  # set each time: a scheduler would change nothing
+        optimizer.param_groups[0]["lr"] = learning_rate  # set each time: an lr_scheduler would be overruled
         optimizer.zero_grad()
         loss.backward()
         # [Trick 2] One odd batch must not throw the agent off (the authors' code). Ablate: --max-grad-norm 0
@@ -577,7 +577,7 @@ def checked(data: Data) -> Data:
 
 
 def encode(space: gym.Space, values) -> np.ndarray:
-    """Observations or actions as vectors, (M, …) -> (M, size): integers become zeros with a one."""
+    """Observations or actions as vectors, (M, …) -> (M, size): integers become one-hot vectors."""
     if isinstance(space, gym.spaces.Discrete):
         return np.eye(space.n, dtype=np.float32)[values]
     return np.asarray(values, dtype=np.float32)

@@ -41,7 +41,7 @@ values and errors are small, and both losses do nearly the same. Try it here: --
 Symbols
     s, a, r  observation, action, reward           N, B      num_envs, batch_size
     s'       the observation the step led to       F, M      train_frequency, gradient_steps
-    Q        network: the discounted return,       C, D      buffer_size, size of an observation
+    Q        network: the expected return,         C, D      buffer_size, size of an observation
              r + γ r' + γ² r'' + …, of a in s      |A|       number of actions
     θ, Q⁻    weights of Q, copy of the network     d         exploration_fraction × total_timesteps
     θ⁻, τ    weights of Q⁻, tau                    t, t_0    step, learning_starts
@@ -110,7 +110,7 @@ class Args:
     train_frequency: int = 8  # F, steps between two phases of learning
     gradient_steps: int = 3  # M, minibatches in such a phase
     gamma: float = 0.995  # γ, what a reward one step later is worth
-    target_network_frequency: int = 1  # [Trick 2] steps between renewals of the copy, at least a minibatch
+    target_network_frequency: int = 1  # [Trick 2] steps between renewals of the copy; at most one a minibatch
     tau: float = 0.02  # τ, share of the network that enters the copy then; 1: all of it
     double_q: bool = True  # [Trick 3] the network that learns chooses what its copy values
     initial_value: float = 100.0  # [Trick 4] Q before anything is learned
@@ -261,12 +261,12 @@ def train(args: Args) -> dict:
     N = args.num_envs
     num_actions = agent.network[-1].out_features
     exploration_steps = args.exploration_fraction * args.total_timesteps  # d
-    phases = max(run.step, args.learning_starts) // args.train_frequency  # so far; up to t_0 they are skipped
-    updates = phases * args.gradient_steps  # minibatches so far; copy_every, too, counts minibatches
+    phases = max(run.step, args.learning_starts) // args.train_frequency  # those skipped up to t_0 count, too
+    updates = phases * args.gradient_steps  # minibatches, counted likewise; so copy_every counts them, too
     copy_every = max(1, args.target_network_frequency * args.gradient_steps // args.train_frequency)
     logged_step = run.step
     loss = None
-    # Environments cannot be saved: a resumed run starts new episodes (new seeds; 0: training, 1: evaluation).
+    # Environments cannot be saved: a resumed run starts new episodes. 0 marks the seeds of training.
     obs, _ = envs.reset(seed=env_seeds(N, args.seed, 0, run.step))
     while run.goes_on(N):
         # [A] act
@@ -298,7 +298,7 @@ def train(args: Args) -> dict:
         if args.anneal_lr:
             # [Trick 6] Ever smaller steps let the values settle. Ablate: --no-anneal-lr
             learning_rate *= 1 - (run.step - N) / args.total_timesteps
-        optimizer.param_groups[0]["lr"] = learning_rate  # set each time: a scheduler would change nothing
+        optimizer.param_groups[0]["lr"] = learning_rate  # set each time: an lr_scheduler would be overruled
         due = run.step // args.train_frequency * args.gradient_steps  # minibatches by now
         batches = memory.sample(due - updates, args.batch_size) if due > updates else []
         for b_obs, b_actions, b_rewards, b_next_obs, b_terminated in batches:

@@ -2,7 +2,7 @@ r"""Deep Q-learning (DQN) on Atari: a network reads the screen and learns what e
 
 The algorithm is that of dqn.py: Q-learning with a replay memory, a fixed Q-target and double Q. New is what
 images ask for. A screen becomes an observation: small, grey, four frames together. The network finds things
-wherever they are. The replay memory keeps each frame once. One step size fits games of all scores.
+wherever they are. The memory keeps each frame once. Clipped rewards let one step size fit all games.
 
 Why a network of convolutions? A plain layer, which joins each of 28,224 pixels to each unit, would have to
 learn in every place anew what a ball looks like. A convolution moves one small window of weights over the
@@ -24,9 +24,9 @@ Equations
     (5)  L    = mean h(Q(s, a) − y)                           Huber: h(x) = ½ x² if |x| < 1, else |x|−½
 
 Symbols
-    s, a, r  stack of 4 frames, action, reward     N         num_envs
+    s, a, r  4 frames, action, reward's sign       N         num_envs
     s'       the stack that the step led to        F         train_frequency
-    Q        network: the discounted return,       B, |A|    batch_size, number of actions
+    Q        network: the expected return,         B, |A|    batch_size, number of actions
              r + γ r' + γ² r'' + …, of a in s      C         slots of the memory per environment
     Q⁻, y    copy of the network, target of Q      d         exploration_fraction × total_timesteps
     γ        gamma                                 t, t_0    step, learning_starts
@@ -129,15 +129,15 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     """N Atari games. A step repeats its action for 4 frames of the game; an episode is a whole game.
 
     What a step shows, as in the paper. Grey: colour tells little more, and takes three times the bytes. Each
-    pixel is the brighter one of two frames, for some games draw some things in every other frame only. 84 ×
-    84 of 210 × 160 pixels: a fifth of the work, and balls and shots can still be seen. The last four such
-    pictures: a single one shows no velocities, so it is no Markov state. Up to 30 idle frames vary the start
-    of a game.
+    pixel is the brighter one of two frames, for some games draw some things in every other frame only.
+    84 × 84 instead of 210 × 160 pixels: a fifth of the work, and balls and shots can still be seen. The last
+    four such pictures: a single one shows no velocities, so it is no Markov state. Up to 30 idle frames vary
+    the start of a game.
     SAME_STEP: the step that ends an episode also resets; info["final_obs"] is the observation before that.
     """
     # For a video NEXT_STEP: the picture drawn after an episode's last step must not show the next episode.
     mode = AutoresetMode.SAME_STEP if render_mode is None else AutoresetMode.NEXT_STEP
-    # Lives are watched in info["lives"]: the emulator's own signal would look like the end of the game.
+    # True scores and whole games: `train` takes the signs of rewards and watches info["lives"] itself.
     options = {"autoreset_mode": mode, "reward_clipping": False, "num_envs": num_envs}
     options["repeat_action_probability"] = args.sticky_actions
     make = partial(gym.make_vec, args.game, vectorization_mode="vector_entry_point", **options)
@@ -165,10 +165,10 @@ class Agent(nn.Module):
         )
         if ortho_init:
             # [Trick 7] Orthogonal weights keep one scale from layer to layer; values start near 0. PyTorch's
-            # own weights are smaller: what Pong's ball adds to the bright ground fades from layer to layer,
-            # and before the ball is seen, lost points turn ReLUs off for good. Off: Space Invaders, on dark
-            # ground, ended at 274.5 with it (seed 1 only), at 608.0 to 707.5 without. Try: --ortho-init
-            for layer in self.network:  # modules that you put into it keep PyTorch's weights
+            # own are smaller: Pong's ball on its bright ground fades from layer to layer, and before it is
+            # seen, the lost points have pushed ReLUs to 0 for every input. Off by default: Space Invaders, on
+            # dark ground, ended at 274.5 with it (seed 1 only), at 608.0 to 707.5 without. Try: --ortho-init
+            for layer in self.network:  # layers inside a block that you add keep PyTorch's weights
                 if isinstance(layer, nn.Linear | nn.Conv2d):
                     nn.init.orthogonal_(layer.weight, 0.01 if layer is self.network[-1] else 2**0.5)
                     nn.init.zeros_(layer.bias)
@@ -206,7 +206,7 @@ class ReplayMemory:
     with the one before the reset: no stack needs those of another game.
 
         slot         0   1   2   3   4   5   6   7   8   9  10  11
-        frame        ·   ·   ·  s0  s1  s2  s3   ·   ·   ·  s0  s1     ·: stacked with s0; s3 ended the game
+        frame        ·   ·   ·  f0  f1  f2  f3   ·   ·   ·  f0  f1     ·: stacked with f0; f3 ended the game
         can be drawn             x   x   x                   x         its step is done, its stacks are whole
 
     A transition in slot i goes from the stack i−3 … i to the stack i−2 … i+1.
@@ -257,7 +257,7 @@ class ReplayMemory:
         rows = np.empty(0, dtype=np.int64)
         begun = min(self.written.max(), self.num_slots) * self.num_envs  # rows that hold a frame
         while len(rows) < batch_size:
-            drawn = torch.randint(begun, (2 * batch_size,)).numpy()  # some rows cannot be drawn
+            drawn = torch.randint(begun, (2 * batch_size,)).numpy()  # too many, for some are not valid
             rows = np.append(rows, drawn[self.valid[drawn]])
         rows = rows[:batch_size]
         around = rows[:, None] + self.num_envs * np.arange(1 - STACK, 2)  # (B, 5)
@@ -301,7 +301,7 @@ def train(args: Args) -> dict:
     # copy, the targets would move with them (the paper). Ablate: --target-network-frequency 1
     target = make_agent(args, envs, device)
     if target.bf16:
-        target.network[1:-1].bfloat16()  # a copy is never changed by small steps: few digits will do
+        target.network[1:-1].bfloat16()  # converted once, not at each use; a copy takes no small steps
     target.load_state_dict(agent.state_dict())
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)  # fused: faster
     args = replace(args, bf16=agent.bf16)  # args.json shall say whether this device has bfloat16
@@ -312,7 +312,7 @@ def train(args: Args) -> dict:
     all_envs = np.arange(N)
     exploration_steps = args.exploration_fraction * args.total_timesteps  # d
     copy_every = max(1, args.target_network_frequency // args.train_frequency)  # minibatches
-    updates = max(run.step, args.learning_starts) // args.train_frequency  # minibatches due by now or t_0
+    updates = max(run.step, args.learning_starts) // args.train_frequency  # counted as if made from step 0 on
     logged_updates = updates
     logged_step = run.step
     # Sums of loss and Q since the charts' last point, on the device: Python waits when it reads from there.
@@ -322,7 +322,7 @@ def train(args: Args) -> dict:
     seconds_before = time.perf_counter() - run.started
     if refill:
         run.bar.set_postfix_str(f"the replay memory is filled again: {refill:,} steps")
-    # Environments cannot be saved: a resumed run starts new episodes (new seeds; 0: training, 1: evaluation).
+    # Environments cannot be saved: a resumed run starts new episodes. 0 marks the seeds of training.
     obs, info = envs.reset(seed=env_seeds(N, args.seed, 0, run.step))
     memory.start(all_envs, obs)
     lives = info["lives"]
@@ -339,7 +339,7 @@ def train(args: Args) -> dict:
 
         # [B] remember
         # [Trick 4] Signs let one step size fit games of all scores (the paper). Ablate: --no-clip-rewards
-        learned_rewards = np.sign(rewards) if args.clip_rewards else rewards
+        clipped_rewards = np.sign(rewards) if args.clip_rewards else rewards
         # [Trick 5] A lost life is a termination for (4), though the game goes on: so no later reward makes up
         # for the loss of a life (the paper's code). Ablate: --no-episodic-life
         ended = terminated | truncated
@@ -348,7 +348,7 @@ def train(args: Args) -> dict:
         next_obs = obs
         if ended.any():  # then obs is the first of the next episode already
             next_obs = np.where(ended[:, None, None, None], info["final_obs"], obs)
-        memory.add(actions, learned_rewards, terminated | life_lost, next_obs)
+        memory.add(actions, clipped_rewards, terminated | life_lost, next_obs)
         memory.start(all_envs[ended], obs[ended])
         if refill > 0:  # --resume: these steps, their episodes and their seconds are not counted
             refill -= N

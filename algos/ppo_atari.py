@@ -33,7 +33,7 @@ Why share the network? Seeing takes most of the work, and it is the same work fo
 value pull at the same weights, and c_V says how hard the value may pull.
 
 Symbols
-    s, a, r   stack of 4 frames, action, reward    T, N      num_steps, environments of this rank
+    s, a, r   4 frames, action, reward's sign      T, N      num_steps, environments of this rank
     π, z      policy, its logits                   K, ε, B   update_epochs, clip_coef, this rank's minibatch
     V         value: expected discounted return    P, |A|    ranks, number of actions
     δ, A, R   TD error, advantage, target of V     γ, λ      gamma, gae_lambda; c_V, c_H: vf_coef, ent_coef
@@ -104,14 +104,14 @@ class Args:
     gae_lambda: float = 0.95  # λ, 0 trusts the value network, 1 trusts the sampled rewards
     num_minibatches: int = 4  # minibatches per epoch
     update_epochs: int = 4  # K, epochs per rollout
-    clip_coef: float = 0.1  # ε, how far the ratio may move
+    clip_coef: float = 0.1  # ε, moving the ratio beyond 1 ± ε gains nothing
     ent_coef: float = 0.01  # c_H, bonus for a policy that keeps its choices open
     vf_coef: float = 0.5  # c_V, weight of the value loss
     ortho_init: bool = True  # [Trick 1] orthogonal initial weights
     anneal_lr: bool = True  # [Trick 2] learning rate falls linearly to 0
     norm_adv: bool = True  # [Trick 3] advantages normalised within the minibatch
     clip_vloss: bool = False  # [Trick 4] value clipped like the ratio
-    max_grad_norm: float = 0.5  # [Trick 5] longest gradient that is followed; 0 for no limit
+    max_grad_norm: float = 0.5  # [Trick 5] longer gradients are shortened to this (clipping); 0: no limit
     bf16: bool = True  # [Trick 6] compute in bfloat16, where the processor or the GPU has it
     clip_rewards: bool = True  # [Trick 7] learn from the sign of the reward
     episodic_life: bool = True  # [Trick 8] learn that nothing follows a lost life
@@ -149,7 +149,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     """
     # For a video NEXT_STEP: the picture drawn after an episode's last step must not show the next episode.
     mode = AutoresetMode.SAME_STEP if render_mode is None else AutoresetMode.NEXT_STEP
-    # Lives are watched in info["lives"]: the emulator's own signal would look like the end of the game.
+    # True scores and whole games: `train` takes the signs of rewards and watches info["lives"] itself.
     options = {"autoreset_mode": mode, "reward_clipping": False, "num_envs": num_envs}
     options["repeat_action_probability"] = args.sticky_actions
     make = partial(gym.make_vec, args.game, vectorization_mode="vector_entry_point", **options)
@@ -178,7 +178,7 @@ class Agent(nn.Module):
         if ortho_init:
             # [Trick 1] Orthogonal weights keep signals and gradients at one scale from layer to layer
             # (https://arxiv.org/abs/1312.6120; the gain √2 is OpenAI's). Ablate: --no-ortho-init
-            for layer in self.network:  # modules that you put into it keep PyTorch's weights
+            for layer in self.network:  # layers inside a block that you add keep PyTorch's weights
                 if isinstance(layer, nn.Linear | nn.Conv2d):
                     nn.init.orthogonal_(layer.weight, 2**0.5)
                     nn.init.zeros_(layer.bias)
@@ -340,7 +340,7 @@ def train(args: Args) -> dict:
     terminated = np.zeros((T, N), dtype=bool)
     truncated = np.zeros((T, N), dtype=bool)
     final_values = np.zeros((T, N), dtype=np.float32)  # of the frames before a reset, where truncated
-    # Environments cannot be saved: a resumed run starts new episodes (new seeds; 0: training, 1: evaluation).
+    # Environments cannot be saved: a resumed run starts new episodes. 0 marks the seeds of training.
     current_obs, info = envs.reset(seed=env_seeds(args.num_envs, args.seed, 0, run.step)[mine])
     lives = info["lives"]
     while run.goes_on(args.batch_size):  # until the budget is spent; saves when that is due
@@ -392,7 +392,7 @@ def train(args: Args) -> dict:
         if args.anneal_lr:
             # [Trick 2] Ever smaller steps let the policy settle (the paper, table 5). Ablate: --no-anneal-lr
             learning_rate *= 1 - (run.step - args.batch_size) / args.total_timesteps
-        optimizer.param_groups[0]["lr"] = learning_rate  # set each time: a scheduler would change nothing
+        optimizer.param_groups[0]["lr"] = learning_rate  # set each time: an lr_scheduler would be overruled
         # The row numbers of all epochs go to the device at once: then Python waits for no GPU until [D].
         order = torch.cat([torch.randperm(T * N) for _ in range(args.update_epochs)]).to(device)  # (K*T*N,)
         for rows in order.split(B):  # (B,), shuffled: a recurrent network would need steps in order
@@ -412,7 +412,7 @@ def train(args: Args) -> dict:
             loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * mean_entropy  # (9)
             optimizer.zero_grad()
             loss.backward()
-            ranks.average_gradients(parameters)  # [torchrun 4]
+            ranks.average_gradients(parameters)  # [torchrun 4] equation (10)
             # [Trick 5] One odd minibatch must not throw the policy off (OpenAI's code).
             # Ablate: --max-grad-norm 0
             grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or torch.inf)

@@ -19,7 +19,7 @@ Equations
     (5)  ln π(a|s) = −Σ_j [(a_j − μ_j)² / 2σ_j² + ln σ_j + ½ ln 2π]
     (6)  L_π = −mean min(ρ A, clip(ρ, 1−ε, 1+ε) A)           clip: the nearest number from 1−ε to 1+ε
     (7)  L_V = ½ mean (V(s) − R)²
-    (8)  H   = Σ_j [ln σ_j + ½ ln 2πe]                       entropy: how open the choice is, in nats
+    (8)  H   = Σ_j [ln σ_j + ½ ln 2πe]                       entropy of a density, in nats: may be below 0
     (9)  L   = L_π + c_V L_V − c_H mean H
     (10) ξ_j = Σ_i φ_i(s) W_ij,  W_ij ~ Normal(0, σ_ij²)     --use-sde (gSDE): noise made of features φ_i(s),
          so σ_j(s)² = Σ_i φ_i(s)² σ_ij²                      for part j of a; W is drawn, σ_ij is learned
@@ -123,7 +123,7 @@ class Args:
     gae_lambda: float = 0.95  # λ, 0 trusts the value network, 1 trusts the sampled rewards
     num_minibatches: int = 8  # minibatches per epoch
     update_epochs: int = 10  # K, epochs per rollout
-    clip_coef: float = 0.2  # ε, how far the ratio may move
+    clip_coef: float = 0.2  # ε, moving the ratio beyond 1 ± ε gains nothing
     ent_coef: float = 0.0  # c_H, bonus for a policy that keeps its choices open
     vf_coef: float = 0.5  # c_V, weight of the value loss
     log_std_init: float = -0.5  # logarithm of the first σ; with --use-sde of σ_ij: then try -2
@@ -131,7 +131,7 @@ class Args:
     anneal_lr: bool = True  # [Trick 2] learning rate falls linearly to 0
     norm_obs: bool = True  # [Trick 3] observations shifted and scaled to mean 0, deviation 1
     norm_reward: bool = True  # [Trick 4] rewards divided by the deviation of their discounted sums
-    max_grad_norm: float = 0.5  # [Trick 5] longest gradient that is followed; 0 for no limit
+    max_grad_norm: float = 0.5  # [Trick 5] longer gradients are shortened to this (clipping); 0: no limit
     use_sde: bool = False  # [Trick 6] noise that is a function of the state, held for some steps
     sde_sample_freq: int = 4  # steps for which it is held; -1 or 0: a whole rollout
     norm_adv: bool = True  # [Trick 7] advantages normalised within the minibatch
@@ -178,7 +178,7 @@ class Noise(nn.Module):
 
     Independent noise makes a robot tremble, and most of it averages out. Here the noise is a linear function
     of the features φ(s), and its random matrix W is held for some steps: similar states get similar noise, so
-    the robot tries out whole movements. Try: --use-sde, or --no-use-sde in a2c_continuous.py, where it is on
+    the robot tries out whole movements. On in a2c_continuous.py (ablate: --no-use-sde), else try: --use-sde
 
     With gSDE, σ depends on the state: the policy can be sure of itself in one state and explore in another.
     Without, σ is one number for each part of an action: less to learn, and as much exploration everywhere.
@@ -186,14 +186,14 @@ class Noise(nn.Module):
     Equation (5) ignores that the steps between two draws share their W.
     """
 
-    def __init__(self, num_features: int, num_actions: int, log_std_init: float, use_sde: bool) -> None:
+    def __init__(self, num_features: int, action_dim: int, log_std_init: float, use_sde: bool) -> None:
         super().__init__()
         self.use_sde = use_sde
         rows = num_features if use_sde else 1  # without gSDE: a single feature, always 1
-        self.log_std = nn.Parameter(torch.full((rows, num_actions), log_std_init))  # ln σ_ij
+        self.log_std = nn.Parameter(torch.full((rows, action_dim), log_std_init))  # ln σ_ij
 
     def draw(self, num_steps: int, num_envs: int) -> np.ndarray:
-        """Random W, (T, N, |φ|, |A|). With gSDE all T steps share one; without, each has its own, |φ| = 1."""
+        """Random W, (num_steps, N, |φ|, |A|): one for all steps with gSDE; without, one each, |φ| = 1."""
         different = 1 if self.use_sde else num_steps
         std = self.log_std.detach().exp().cpu()
         W = torch.randn(different, num_envs, *self.log_std.shape) * std
@@ -216,7 +216,7 @@ class Noise(nn.Module):
 class Agent(nn.Module):
     """Policy and value network: two hidden layers of 64 tanh units each; they share the normaliser only."""
 
-    def __init__(self, obs_dim: int, num_actions: int, args: Args) -> None:
+    def __init__(self, obs_dim: int, action_dim: int, args: Args) -> None:
         super().__init__()
 
         def mlp(outputs: int, last_gain: float) -> nn.Sequential:
@@ -230,14 +230,14 @@ class Agent(nn.Module):
             return nn.Sequential(*layers)
 
         # A tiny last layer: the first actions are noise around 0, the middle of the bounds, in every state.
-        actor = mlp(num_actions, last_gain=0.01)
+        actor = mlp(action_dim, last_gain=0.01)
         self.features = actor[:-1]  # (B, D) -> (B, |φ|)
         self.mean = actor[-1]  # (B, |φ|) -> (B, |A|); numpy_policy does the same and must change along
         self.critic = mlp(1, last_gain=1.0)  # (B, D) -> (B, 1) values
-        self.noise = Noise(64, num_actions, args.log_std_init, args.use_sde)
+        self.noise = Noise(64, action_dim, args.log_std_init, args.use_sde)
         # [Trick 3] Angles, speeds and contacts come in different units; a network learns soonest from inputs
         # of one scale (https://arxiv.org/abs/2006.05990). Ablate: --no-norm-obs
-        limit = 10.0 if args.norm_obs else math.inf  # never updated, norm_obs keeps mean 0 and scale 1
+        limit = 10.0 if args.norm_obs else math.inf  # without norm_obs never updated: mean 0, scale 1
         self.norm_obs = RunningNorm(obs_dim, limit=limit)  # (11), defined below
         self.norm_return = RunningNorm(1, limit=math.inf)  # for [Trick 4]
 
@@ -263,7 +263,7 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
 def to_env(actions, space):
     """From the policy's units, where ±1 are the bounds, to the environment's. (N, |A|) -> (N, |A|)
 
-    Only the environment gets the clipped action: the probability (5) is that of the action sampled.
+    Only the environment gets the clipped action: the density (5) is that of the action sampled.
     """
     return space.low + (actions.clip(-1, 1) + 1) / 2 * (space.high - space.low)
 
@@ -318,17 +318,17 @@ def train(args: Args) -> dict:
     T = args.num_steps
     N = args.num_envs
     D = agent.features[0].in_features
-    num_actions = agent.mean.out_features
+    action_dim = agent.mean.out_features
     # next_obs[t]: where step t led, before any reset. So ends of episodes and rollouts are no special case.
     obs = np.zeros((T, N, D), dtype=np.float32)
     next_obs = np.zeros((T, N, D), dtype=np.float32)
-    actions = np.zeros((T, N, num_actions), dtype=np.float32)
+    actions = np.zeros((T, N, action_dim), dtype=np.float32)
     rewards = np.zeros((T, N), dtype=np.float32)
     terminated = np.zeros((T, N), dtype=bool)
     truncated = np.zeros((T, N), dtype=bool)
     earned = np.zeros(N)  # by each environment in its episode so far, older rewards discounted
     hold = args.sde_sample_freq if args.use_sde and args.sde_sample_freq > 0 else T
-    # Environments cannot be saved: a resumed run starts new episodes (new seeds; 0: training, 1: evaluation).
+    # Environments cannot be saved: a resumed run starts new episodes. 0 marks the seeds of training.
     current_obs, _ = envs.reset(seed=env_seeds(N, args.seed, 0, run.step))
     while run.goes_on(args.batch_size):  # until the budget is spent; saves when that is due
         # [A] collect
@@ -360,19 +360,19 @@ def train(args: Args) -> dict:
         if args.norm_obs:
             # Only after b_obs is made, so that the policy learns from the numbers with which it acted.
             agent.norm_obs.update(raw_obs)
-        learned_rewards = rewards
+        scaled_rewards = rewards
         if args.norm_reward:
             # [Trick 4] Returns of scale 1, whatever the rewards' unit. Else the large errors of V make a
             # large gradient; trick 5 shortens all of it, and little is left of the policy's share. Way and
             # limit of 10 are those of OpenAI's VecNormalize. Ablate: --no-norm-reward
             sums, earned = discounted_sums(rewards, terminated | truncated, earned, args.gamma)
             agent.norm_return.update(torch.from_numpy(sums).to(device).reshape(-1, 1))  # (T*N, 1)
-            learned_rewards = (rewards * agent.norm_return.scale.item()).clip(-10, 10)
+            scaled_rewards = (rewards * agent.norm_return.scale.item()).clip(-10, 10)
         learning_rate = args.learning_rate
         if args.anneal_lr:
             # [Trick 2] Ever smaller steps let the policy settle (OpenAI's code). Ablate: --no-anneal-lr
             learning_rate *= 1 - (run.step - args.batch_size) / args.total_timesteps
-        optimizer.param_groups[0]["lr"] = learning_rate  # set each time: a scheduler would change nothing
+        optimizer.param_groups[0]["lr"] = learning_rate  # set each time: an lr_scheduler would be overruled
         for epoch in range(args.update_epochs):
             if epoch == 0 or args.recompute_advantages:
                 # [Trick 10] In the epoch before, the value network learned; now it judges the same actions
@@ -383,7 +383,7 @@ def train(args: Args) -> dict:
                 values = b_values.cpu().numpy().reshape(T, N)
                 next_values = b_next_values.cpu().numpy().reshape(T, N)
                 advantages = gae(
-                    learned_rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda
+                    scaled_rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda
                 )
                 b_advantages = torch.from_numpy(advantages).to(device).flatten()  # (T, N) -> (T*N,)
                 b_returns = b_advantages + b_values  # (4)
@@ -476,8 +476,8 @@ RANGES = {  # smallest and largest value of every number in Args
 def make_agent(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> Agent:
     """An untrained agent for these environments."""
     obs_dim = envs.single_observation_space.shape[0]
-    num_actions = envs.single_action_space.shape[0]
-    return Agent(obs_dim, num_actions, args).to(device)
+    action_dim = envs.single_action_space.shape[0]
+    return Agent(obs_dim, action_dim, args).to(device)
 
 
 def numpy_policy(agent: Agent):

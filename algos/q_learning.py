@@ -1,7 +1,7 @@
 """Q-learning: a table of what every action is worth in every state, learned by trying the actions.
 
 After each step the agent takes the reward, adds the table's value of the next state (discounted), and moves
-the entry of its action a little towards this sum: it learns before the episode (one attempt) is over.
+the entry of its action part of the way to this sum: it learns before the episode (one attempt) is over.
 
 On a frozen lake of 4 × 4 tiles, some of them holes, an agent in a state s (a tile) takes an action a (a
 direction). The environment answers with a reward r (1 at the goal, else 0) and the next state s'. Then the
@@ -27,14 +27,14 @@ Pseudo-code
     for every episode:
         [A] explore   a little less than before: ε, the share of random actions, falls
         until the episode ends:
-            [B] act       with probability ε any action, else the best known one
+            [B] act       with probability ε a random action, else the best known one
             [C] learn     move one entry of the table towards its target
         [D] log       charts, progress bar
 
 Equations
     (1)  G_t = r_t + γ r_{t+1} + γ² r_{t+2} + … = r_t + γ G_{t+1}
     (2)  ε_k = ε_min + (ε_max − ε_min) exp(−κ k)
-    (3)  π(s) = argmax_a Q(s,a), the greedy action, with probability 1−ε, else any action: ε-greedy
+    (3)  π(s) = argmax_a Q(s,a), the greedy action, with probability 1−ε, else a random one: ε-greedy
     (4)  y = r + γ max_a' Q(s',a')                                       target; y = r after a termination
     (5)  δ = y − Q(s,a)                                                  temporal-difference (TD) error
     (6)  α_m = α / (1 + m/c)                                             or simply α, for every m
@@ -510,7 +510,7 @@ class Run:
             fail(f"the error is {value} at step {self.step}; what was saved before is good", code=1)
 
     def log_is_due(self) -> bool:
-        """Whether a point of the charts is due: a hundred a run, one per 1,000 episodes, one at the end."""
+        """Whether a point of charts is due: after 1% of the run, 1,000 episodes at most, and at the end."""
         return self.episodes % self.log_every == 0 or self.episodes == self.budget or bool(self.stopped)
 
     def log(self, group: str, **values) -> None:

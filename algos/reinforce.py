@@ -12,7 +12,7 @@ Pseudo-code
 
 Equations
     (1)  a   ~ π(·|s) = softmax(z)                           drawn; π(a|s) = e^{z_a} / Σ_j e^{z_j}
-    (2)  G_t = r_t + γ G_{t+1}                               discounted return; 0 after a termination
+    (2)  G_t = r_t + γ G_{t+1}                               discounted return; 0 beyond the last step
     (3)  b_t = mean of G_t over the other episodes           --baseline batch: those still running at t
          b_t = V(s_t)                                        --baseline value; none: b_t = 0
     (4)  A_t = G_t − b_t                                     advantage: more than usual, or less
@@ -48,7 +48,7 @@ Symbols
     s, a, r   observation, action, reward             N, M      num_envs, steps of all N episodes together
     π, z, V   policy, its outputs (logits), values    T, T_i    steps of the longest episode, of episode i
     G, b, A   discounted return, baseline, advantage  D, |A|    size of an observation, number of actions
-    L, ∇, P   loss, gradient, number of weights       γ, c_H    gamma, entropy_coef; B: a minibatch of (9)
+    L, ∇, P   loss, gradient, number of weights       γ, c_H    gamma, entropy_coef; B: any number of rows
 Departures from the paper: a mean over the steps of several episodes; no factor γ^t in (5), so late steps
 count like early ones; Adam; after a time limit, where more could follow, (2) goes on with V of the last
 observation if there is a V; every numbered trick except 2.
@@ -100,7 +100,7 @@ class Args:
     entropy_coef: float = 0.0  # c_H, bonus for a policy that keeps its choices open
     reward_to_go: bool = True  # [Trick 1] an action is credited with the rewards after it only
     baseline: Literal["none", "batch", "value"] = "batch"  # [Trick 2] what a return is compared with
-    normalize_returns: bool = True  # [Trick 3] advantages scaled to mean 0 and deviation 1
+    normalize_returns: bool = True  # [Trick 3] advantages, made of returns, with mean 0 and deviation 1
     anneal_lr: bool = True  # [Trick 4] learning rate falls linearly to 0
     normalize_obs: bool = False  # [Trick 5] observations scaled to mean 0 and deviation 1
     restart_credit: bool = False  # [Trick 6] no credit beyond the next reward that is not 0
@@ -155,14 +155,14 @@ class Agent(nn.Module):
         """Observations (B, D) as the networks read them: float32 tensors, with [Trick 5] normalised."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.actor[-1].weight.device)
         # [Trick 5] Positions, speeds and angles on one scale, or large inputs drown small ones (common
-        # practice). Off by default, for CartPole's inputs are of one size; try: --normalize-obs
+        # practice). Off by default, as CartPole is learned without it, too; try: --normalize-obs
         return self.norm_obs(obs) if self.norm_obs else obs
 
 
 def sample(logits):
     """Draw from softmax(logits), equation (1). logits: (N, |A|). Returns actions (N,)."""
-    # The same as Categorical(logits=logits).sample(), but several times cheaper: with Gumbel noise g,
-    # argmax_i (z_i + g_i) is a draw from softmax(z), https://arxiv.org/abs/1611.01144.
+    # The same as Categorical(logits=logits).sample(), several times cheaper: with Gumbel noise g = −ln x,
+    # x exponential, argmax_i (z_i + g_i) is a draw from softmax(z), https://arxiv.org/abs/1611.01144.
     gumbel = -torch.empty(logits.shape).exponential_().log()
     return (logits + gumbel.to(logits.device)).argmax(-1)  # (1)
 
@@ -171,8 +171,8 @@ def returns_to_go(rewards, playing, last_values, gamma, restart=False):
     """Discounted returns from each step on, equation (2).
 
     rewards: (T, N) float, 0 beyond an episode's end. playing: (T, N) bool, true up to its last step.
-    last_values: (N,), what the observation after the last step is worth: 0 if it terminated. restart: whether
-    every reward other than 0 ends the sums before it. Returns (T, N).
+    last_values: (N,), value of the observation after the last step, 0 without V or if it terminated. restart:
+    whether each sum ends with the first reward other than 0. Returns (T, N).
     """
     # In the rows beyond an episode's end, a decay of 1 carries its last value back to its last step.
     decay = np.where(playing, gamma, 1.0)
@@ -248,7 +248,7 @@ def train(args: Args) -> dict:
         unfinished = np.ones(N, dtype=bool)
         out_of_time = np.zeros(N, dtype=bool)
         last_obs = np.zeros_like(current_obs)  # (N, D), the observation after an episode's last step
-        random_numbers = torch.get_rng_state()
+        rng_state = torch.get_rng_state()
         with torch.inference_mode():
             while unfinished.any() and not run.stopped:
                 action = sample(agent.actor(agent.scale(current_obs))).cpu().numpy()  # (N, D) -> (N,)
@@ -263,7 +263,7 @@ def train(args: Args) -> dict:
                     out_of_time[ended] = ~terminated[ended]
                     unfinished = unfinished & ~ended
         if run.stopped:  # Ctrl-C: half an episode has no return; --resume plays these episodes again
-            torch.set_rng_state(random_numbers)
+            torch.set_rng_state(rng_state)
             continue
         playing = np.stack(playing)  # (T, N)
         rewards = np.where(playing, np.stack(rewards), 0.0)  # (T, N)
@@ -283,7 +283,7 @@ def train(args: Args) -> dict:
             # After a time limit more could follow: the next value counts. After `terminated` nothing follows.
             last_values = np.where(out_of_time, last_values, 0.0)
         if args.clip_rewards:
-            # [Trick 7] A large reward for winning the match must not drown what a point teaches (as in DQN,
+            # [Trick 7] A large reward, as for winning a match, must not drown the small ones (as in DQN,
             # https://doi.org/10.1038/nature14236). Off by default; try: --clip-rewards
             rewards = np.sign(rewards)
         returns = returns_to_go(rewards, playing, last_values, args.gamma, args.restart_credit)  # (T, N)
@@ -291,7 +291,7 @@ def train(args: Args) -> dict:
         # [Trick 1] Past rewards only add chance (the paper has the whole return). Ablate: --no-reward-to-go
         if not args.reward_to_go:
             advantages = np.broadcast_to(returns[0], returns.shape)
-        # [Trick 2] So do rewards that come whatever the policy does (Williams 1992). Ablate: --baseline none
+        # [Trick 2] Rewards that come anyway only add chance, too (Williams 1992). Ablate: --baseline none
         if args.baseline == "batch":
             advantages = advantages - mean_of_others(advantages, playing)  # (4)
         b_advantages = torch.from_numpy(advantages[playing]).float().to(device)  # (M,)
@@ -306,7 +306,7 @@ def train(args: Args) -> dict:
         if args.anneal_lr:
             # [Trick 4] Ever smaller steps let the policy settle (common practice). Ablate: --no-anneal-lr
             learning_rate *= 1 - (run.episodes - N) / args.total_episodes
-        optimizer.param_groups[0]["lr"] = learning_rate  # set each time: a scheduler would change nothing
+        optimizer.param_groups[0]["lr"] = learning_rate  # set each time: an lr_scheduler would be overruled
         charts = {"learning_rate": learning_rate}
         logits = agent.actor(b_obs)  # (M, |A|)
         pg_loss = -(b_advantages * log_prob(logits, b_actions)).mean()

@@ -132,17 +132,17 @@ class Args:
     int_coef: float = 0.3  # c_I, weight of the intrinsic advantages; 0 makes this plain PPO
     num_minibatches: int = 16  # minibatches per epoch
     update_epochs: int = 4  # K, epochs per rollout
-    clip_coef: float = 0.2  # ε, how far the ratio may move
+    clip_coef: float = 0.2  # ε, moving the ratio beyond 1 ± ε gains nothing
     ent_coef: float = 0.01  # c_H, bonus for a policy that keeps its choices open
     vf_coef: float = 0.5  # c_V, weight of the value losses
     ortho_init: bool = True  # [Trick 1] orthogonal initial weights
     anneal_lr: bool = True  # [Trick 2] learning rate falls linearly to 0
     norm_adv: bool = True  # [Trick 3] advantages normalised within the minibatch
     norm_obs: bool = True  # [Trick 4] policy and values too see vectors normalised
-    max_grad_norm: float = 0.5  # [Trick 5] longest gradient that is followed; 0 for no limit
+    max_grad_norm: float = 0.5  # [Trick 5] longer gradients are shortened to this (clipping); 0: no limit
     predictor_share: float = 0.5  # [Trick 6] share of each minibatch that trains the predictor
     clip_rewards: bool = False  # [Trick 7] learn from the sign of the task's rewards
-    memory: float = 0.97  # [Trick 8] β, how slowly the memory of vectors fades; 0 for no memory
+    memory: float = 0.97  # [Trick 8] β, how slowly the memory fades (vectors only); 0 for no memory
     gumbel: bool = True  # [Trick 9] actions drawn with Gumbel noise, made once a rollout
     # run
     seed: int = 1  # the same seed gives the same numbers on the CPU
@@ -171,7 +171,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     mode = AutoresetMode.SAME_STEP if render_mode is None else AutoresetMode.NEXT_STEP
     options = {"autoreset_mode": mode}
     if args.env_id.startswith("ALE/"):
-        # Sticky actions, true rewards and at most 18,000 frames, as in RND's paper.
+        # Sticky actions (the default of v5), true rewards and at most 18,000 frames, as in RND's paper.
         options |= {"reward_clipping": False, "max_num_frames_per_episode": 18_000}
         envs = gym.make_vec(args.env_id, num_envs, "vector_entry_point", **options)
         if render_mode is None:
@@ -319,16 +319,16 @@ def train(args: Args) -> dict:
     never = np.zeros((T, N), dtype=bool)  # novelty does not end
     carry = np.resize(np.float32(run.extra.get("carry", 0.0)), N)  # u_{t−1} of (12), (N,): saved, or zeros
     visited = np.zeros((N, getattr(envs.unwrapped, "NUM_CELLS", 0)), dtype=bool)  # cells of a maze, or none
-    if not args.resume:  # watch a random policy, with seeds of its own: 2
+    if not args.resume:  # watch a random policy; 2 marks seeds of its own
         envs.reset(seed=env_seeds(N, args.seed, 2))
         for _ in range(args.init_steps):
             current_obs, *_ = envs.step(torch.randint(num_actions, (N,)).numpy())
             agent.norm_obs.update(torch.from_numpy(current_obs[:, -1:]).to(device))
-    # Environments cannot be saved: a resumed run starts new episodes (new seeds; 0: training, 1: evaluation).
+    # Environments cannot be saved: a resumed run starts new episodes. 0 marks the seeds of training.
     current_obs, _ = envs.reset(seed=env_seeds(N, args.seed, 0, run.step))
     while run.goes_on(args.batch_size):  # until the budget is spent; saves when that is due
         # [A] collect; what the networks compute stays on a GPU: only the actions are fetched, step by step
-        shares = []  # for each episode that ends in this rollout, the share of all cells that it has seen
+        shares = []  # for each episode that ends in this rollout, the share of all cells that it visited
         if args.gumbel:
             # [Trick 9] With Gumbel noise g, argmax_i (z_i + g_i) is a sample of softmax(z), and several times
             # cheaper than sampling a Categorical: https://arxiv.org/abs/1611.01144. Ablate: --no-gumbel
@@ -378,13 +378,13 @@ def train(args: Args) -> dict:
                 agent.norm_past.update(torch.from_numpy(past).to(device).flatten())
                 intrinsic = novelty * agent.norm_past.scale.item()  # (13)
         # [Trick 7] Atari's points differ in size from game to game: clipped as in DQN. Try: --clip-rewards
-        learned_rewards = np.sign(rewards) if args.clip_rewards else rewards
+        clipped_rewards = np.sign(rewards) if args.clip_rewards else rewards
         v = old_values[:, :, 0]  # of the task
         int_v = old_values[:, :, 1]  # of novelty
-        task = gae(learned_rewards, v[:-1], next_values, terminated, truncated, args.gamma, args.gae_lambda)
-        curious = gae(intrinsic, int_v[:-1], int_v[1:], never, never, args.int_gamma, args.gae_lambda)
-        returns = np.stack([task, curious], axis=-1) + old_values[:-1]  # (4) (T, N, 2)
-        advantages = args.ext_coef * task + args.int_coef * curious  # (14) (T, N)
+        adv = gae(clipped_rewards, v[:-1], next_values, terminated, truncated, args.gamma, args.gae_lambda)
+        int_adv = gae(intrinsic, int_v[:-1], int_v[1:], never, never, args.int_gamma, args.gae_lambda)
+        returns = np.stack([adv, int_adv], axis=-1) + old_values[:-1]  # (4) (T, N, 2)
+        advantages = args.ext_coef * adv + args.int_coef * int_adv  # (14) (T, N)
         b_returns = torch.from_numpy(returns).to(device).flatten(0, 1)
         b_advantages = torch.from_numpy(advantages).to(device).flatten()
         b_obs = obs[:-1].flatten(0, 1)  # (T, N, 2, D) -> (T*N, 2, D)
@@ -394,7 +394,7 @@ def train(args: Args) -> dict:
         if args.anneal_lr:
             # [Trick 2] Ever smaller steps let the policy settle (OpenAI's code). Ablate: --no-anneal-lr
             learning_rate *= 1 - (run.step - args.batch_size) / args.total_timesteps
-        optimizer.param_groups[0]["lr"] = learning_rate  # set each time: a scheduler would change nothing
+        optimizer.param_groups[0]["lr"] = learning_rate  # set each time: an lr_scheduler would be overruled
         for _ in range(args.update_epochs):
             order = torch.randperm(args.batch_size).to(device)
             for rows in order.split(minibatch_size):  # (B,)
@@ -411,7 +411,7 @@ def train(args: Args) -> dict:
                 loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy(new_logits)  # (9)
                 if args.int_coef:
                     # [Trick 6] The more rows train the predictor, the sooner a place is dull. An epoch takes
-                    # a random share, as in the paper if N is large. Ablate: --predictor-share 1
+                    # a random share, like the paper with many environments. Ablate: --predictor-share 1
                     distilled = rows[: int(args.predictor_share * minibatch_size)]
                     distill_loss = agent.novelty(b_next_obs[distilled]).mean()
                     loss = loss + args.vf_coef * int_v_loss + distill_loss  # (9), the rest: L_V^I, mean e
@@ -444,7 +444,7 @@ def train(args: Args) -> dict:
             grad_norm=grad_norm,
             approx_kl=(log_ratio.exp() - 1 - log_ratio).mean(),
             clip_fraction=((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean(),  # ρ not in 1±ε
-            explained_variance=1 - task.var() / (task + v[:-1]).var(),  # of the task; 1: V foretells all
+            explained_variance=1 - adv.var() / (adv + v[:-1]).var(),  # of the task; 1: V foretells all
         )
     envs.close()
     return run.finish(device)

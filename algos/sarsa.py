@@ -16,7 +16,7 @@ Pseudo-code
 Equations
     (1)  G_t = r_t + γ r_{t+1} + γ² r_{t+2} + …                              the discounted return
     (2)  ε_k = ε_min + (ε_max − ε_min) exp(−κ k)                             constant by default
-    (3)  π(s) = argmax_a Q(s,a) with probability 1−ε, else any action        the ε-greedy policy
+    (3)  π(s) = argmax_a Q(s,a) with probability 1−ε, else a random action   the ε-greedy policy
     (4)  G = r_t + γ r_{t+1} + … + γⁿ⁻¹ r_{t+n−1} + γⁿ Q(s_{t+n},a_{t+n})    the n-step return
     (5)  Σ_a π(a|s) Q(s,a) = (1−ε) max_a Q(s,a) + ε mean_a Q(s,a)            replaces Q in (4): --expected
     (6)  α_m = α / (1 + m/c)                                                 or simply α, for every m
@@ -36,7 +36,7 @@ over the first 10 episodes, each n with its best α (a picture: tests/benchmark/
 
 Whose actions? π draws a_{t+n} in (4) like all the others: Sarsa is on-policy, it learns what the policy that
 acts is worth, random actions included. Q-learning is off-policy, it learns about the greedy policy while
-another one acts. On the cliff of the default run a step costs 1, and a fall 100 and the way back to the
+another one acts. On the cliff of the default run a step costs 1; a fall costs 100 and leads back to the
 start. Three ways to walk are worth
                                  at the edge    one row up    two rows up
     ε = 0, as Q-learning sees it    −13           −15           −17         so it walks at the edge
@@ -164,7 +164,7 @@ def expected_value(row, epsilon):
 
 
 def n_step_returns(rewards, last_value, gamma):
-    """The returns of steps in a row, equation (4), one for each reward. last_value: the guess behind them."""
+    """The returns of steps in a row, equation (4), one for each reward. last_value: guess of what follows."""
     returns = []
     following = last_value
     for reward in reversed(rewards):
@@ -190,7 +190,7 @@ def train(args: Args) -> dict:
     env = make_env(args)
     num_states = int(env.observation_space.n)
     num_actions = int(env.action_space.n)
-    # Lists instead of arrays: for one number at a time, Python is faster than NumPy; evaluations use lists.
+    # Lists instead of arrays: for one number at a time, Python is faster than NumPy.
     q_table = [[args.initial_value] * num_actions for _ in range(num_states)]  # Q(s,a), (|S|, |A|)
     visits = [[0] * num_actions for _ in range(num_states)]  # how often a was taken in s, (|S|, |A|)
     rng = random.Random(args.seed)
@@ -210,8 +210,8 @@ def train(args: Args) -> dict:
         action = epsilon_greedy(q_table[state], epsilon, rng, ties_rng)
         episodic_return = 0.0
         length = 0
-        pairs = deque()  # (s,a) of the last steps, n at most, whose entries still wait for their rewards
-        rewards = deque()  # those that the same steps have brought
+        pairs = deque()  # (s,a) of the last n steps (n = 0: of all), whose entries still wait for a target
+        rewards = deque()  # the rewards of these steps
         ended = False
         while not ended:
             # [B] act; the next action is chosen here, before [C], because (4) ends with its value
@@ -531,7 +531,7 @@ class Run:
             fail(f"the error is {value} at step {self.step}; what was saved before is good", code=1)
 
     def log_is_due(self) -> bool:
-        """Whether a point of the charts is due: a hundred a run, one per 1,000 episodes, one at the end."""
+        """Whether a point of charts is due: after 1% of the run, 1,000 episodes at most, and at the end."""
         return self.episodes % self.log_every == 0 or self.episodes == self.budget or bool(self.stopped)
 
     def log(self, group: str, **values) -> None:

@@ -14,11 +14,11 @@ firm; the 15 m/s that topple it and the 95 to 180 steps this takes; how far away
 
 Our abstraction: a flat world of axis-aligned boxes in which the agent is a disc.
   - The disc slides along what it meets: velocity into the surface is lost, the tangential part stays.
-  - The brick pyramid is a single box. It topples when the agent runs into it with at least 15 m/s across its
-    surface, or at the 10th forward step (not necessarily in a row) that it blocks. It is seen from the moment
-    the switch goes on and looks the same while it topples, but it blocks the way only in between. Whoever
-    stands where it comes down may walk out of it. In the end its bricks vanish and the gold lies on the
-    ground, clear of walls and of everything else that is solid.
+  - The brick pyramid is a single box. It topples when the agent hits it with at least 15 m/s at right angles
+    to its surface, or at the 10th forward step (not necessarily in a row) that it blocks. It is seen from the
+    moment the switch goes on and looks the same while it topples, but blocks the way only from 30 steps after
+    the switch until it topples. Whoever stands where it appears may walk out of it. In the end its bricks
+    vanish and the gold lies on the ground, clear of walls and of everything else that is solid.
   - A climbing ray has width but no height: it hits a thing only if it arrives no higher than its top and no
     lower than its foot.
 
@@ -406,7 +406,7 @@ class PyramidsVectorEnv(VectorEnv):
 
         Returns:
             Position (2, N); velocity (2, N) without its part into surfaces; who ran into the switch (N,); who
-            ran into the brick pyramid (N,); how fast across its surface (N,) in m/s.
+            ran into the brick pyramid (N,); how fast at right angles to its surface (N,) in m/s.
         """
         position, velocity = self.position.copy(), velocity.copy()
         at_switch, at_brick = np.zeros(self.num_envs, dtype=bool), np.zeros(self.num_envs, dtype=bool)

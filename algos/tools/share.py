@@ -24,7 +24,7 @@ searched, also for the ways in which JSON, HTML and a shell write a text. One fi
     has numbers, under names from the script; and not if the files in algos/ have such a word, like torch
 Names and folders of 4 characters or less are not searched for: they stand in long files by chance.
 
-The score is checked as well: the script evaluates the very files that go, and must reach the mean in
+The score is checked as well: the script evaluates the very files that go, and must find the score that is in
 results.json. A film or a page from before the last training shows another agent: the film is made anew, the
 page stays here, and a line says so.
 

@@ -20,8 +20,8 @@ same time do not all try the same corner.
 
 [A] What is given up. Once a third of its budget is used, a trial whose training returns have all been below
 the median of the finished trials at the same point gets Ctrl-C: it saves, and its folder stays. The training
-return decides on this, and on ties in [B]. It is measured with exploration, and some scripts add bonuses to
-it: it is never a value.
+return decides on this, and on ties in [B]. It is measured with exploration, and while the weights still
+change: it is never a value.
 
 [B] Why to rank. The best of sixty trials is good or lucky: on another seed the same settings may fail. So
 the best trials (up to --finalists; ties go to the higher training return) train again on the fresh seeds

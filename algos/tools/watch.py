@@ -12,8 +12,8 @@ Run: python algos/tools/watch.py RUN_DIR                  writes RUN_DIR/replay.
 On the page: space plays and stops, the arrow keys step, with Shift ten at once, Home and End jump, + and −
 change the speed. A click into a curve goes there.
 
-How a script is read. Everything goes through its own functions: its parse_args reads the folder, so a run of
-another version or a damaged one ends as there, with one line and exit code 2, and make_envs and load_policy
+How a script is read. Everything goes through its own functions: its parse_args reads the folder, so a damaged
+run, or one with other flags, ends as there, with one line and exit code 2, and make_envs and load_policy
 play as in its films. How to ask its networks is in the table READERS below, with a few lines for each kind of
 network. A script of a known shape needs one more line there, and a copy none: my_ppo is read as
 ppo is while its load_policy is that of ppo. A run folder may come from a stranger: nothing of it is executed
