@@ -73,10 +73,10 @@ Run: python algos/ppo_continuous.py
          --num-steps 512 --num-minibatches 16 --learning-rate 2e-3 --gamma 0.95 --gae-lambda 0.85 \
          --clip-coef 0.3 --log-std-init 0 --no-norm-obs
 Expect: episodic returns after 1M steps (seeds 1 / 2 / 3; --eval-episodes 20): MuJoCo's cheetah 5620 / 7114 /
-4427, the one-legged hopper 3336 / 3426 / 3227, the walker 2333 / 2904 / 4493, the ant 2227 / 1781 / 2110,
-each in 8 to 44 minutes with other runs on the machine. After 2M steps BipedalWalker has 287 / 305 / 287 in 16
-to 21 minutes, PyBullet's ant 3155 / 3051 / 2999 in 24 to 32. The pendulum: −148 / −156 / −163 after 50,000
-steps, in 15 seconds.
+4427, the one-legged hopper 3336 / 3426 / 3227 (seeds 11 / 12 / 13: 3315 / 2542 / 2627), the walker 2333 /
+2904 / 4493, the ant 2227 / 1781 / 2110, each in 5 to 44 minutes with other runs on the machine. After 2M
+steps BipedalWalker has 287 / 305 / 287 in 16 to 21 minutes, PyBullet's ant 3155 / 3051 / 2999 in 24 to 32.
+The pendulum: −148 / −156 / −163 after 50,000 steps, in 15 seconds.
 """
 
 import difflib
