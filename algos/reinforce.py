@@ -722,7 +722,9 @@ def open_folder(args: Args) -> tuple[Path, IO]:
     if args.track:
         import wandb  # here, because it is slow to import
 
-        names = {"name": run_dir.name, "id": run_dir.name, "resume": "allow", "dir": run_dir}
+        # A run keeps its id there, which is part of the names of the files that wandb leaves in the folder.
+        ids = [file.stem.removeprefix("run-") for file in run_dir.glob("wandb/*/run-*.wandb")]
+        names = {"name": run_dir.name, "id": ids[0] if ids else None, "resume": "allow", "dir": run_dir}
         project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": asdict(args)}
         try:
             wandb.init(**names, **project, sync_tensorboard=True)

@@ -1137,10 +1137,12 @@ def test_cuda_without_a_device_goes_on(name, tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("name", [name for name in ("ppo", "q_learning") if name in SCRIPTS])
-def test_track_works_offline(name, tmp_path):
-    arguments = [*CASES[name].command, "--track", "--run-dir", tmp_path / "run"]
-    process = start(name, *arguments, WANDB_MODE="offline", WANDB_SILENT="true")
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    logs = list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
-    assert logs and b"charts/episodic_return" in logs[0].read_bytes()
+def test_track_works_offline_and_a_resumed_run_keeps_its_id(name, tmp_path):
+    for where in (["--run-dir", tmp_path / "run"], ["--resume", tmp_path / "run"]):
+        process = start(name, *CASES[name].command, "--track", *where, WANDB_MODE="offline")
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    logs = sorted((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
+    assert len(logs) == 2 and b"charts/episodic_return" in logs[0].read_bytes()
+    assert logs[0].name == logs[1].name
+    assert logs[0].name != "run-run.wandb"  # another folder of this name is another run
