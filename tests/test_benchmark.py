@@ -195,7 +195,7 @@ def test_speeds_are_ratios_of_pairs(monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["Q-learning FrozenLake", "PPO CartPole"])
 def test_speed_is_that_of_the_loop_and_its_parts_are_shares(name, monkeypatch):
     """In a process of its own, as the benchmark does it: a table's script, and one with a network."""
-    flags = {"total_episodes": 300} if name.startswith("Q") else {"total_timesteps": 4096}
+    flags = {"total_episodes": 3000} if name.startswith("Q") else {"total_timesteps": 4096}
     code = f"""
 import importlib, sys, time
 sys.path[:0] = [{str(speed.HERE)!r}]
@@ -204,20 +204,24 @@ speed.CASES[{name!r}].flags.update({flags})
 sys.path[:0] = [str(speed.ALGOS)]
 module = importlib.import_module(speed.CASES[{name!r}].script)
 save = module.Run.save
+clock = time.perf_counter
+late = 0
+time.perf_counter = lambda: clock() + late
 def slow_to_save(run):
-    time.sleep(3 if run.step > 4000 or run.episodes == 300 else 0)
+    global late
+    late += 1000 if run.step > 4000 or run.episodes == 3000 else 0
     save(run)
 module.Run.save = slow_to_save
 speed.measure({name!r})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    result = json.loads(done.stdout.splitlines()[-1]), done.stderr
+    assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     shares = [result[part] for part in ("environment", "acting", "learning")]
     assert sum(shares) == pytest.approx(1) and result["environment"] > 0.1 and result["learning"] < 0.9
-    assert 0 < result["speed"] < result["ceiling"]
-    # The save that ends a training is no part of the loop: with its 3 seconds these would be some 1,000.
-    assert result["speed"] > 2000
+    assert 0 < result["speed"] < 2 * result["ceiling"]  # twice: another process may have the core meanwhile
+    # The save that ends a training is no part of the loop: with its 1,000 seconds these would be 4 or 5.
+    assert result["speed"] > 100
 
 
 @pytest.mark.filterwarnings("error")
