@@ -195,7 +195,7 @@ def test_speeds_are_ratios_of_pairs(monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["Q-learning FrozenLake", "PPO CartPole"])
 def test_speed_is_that_of_the_loop_and_its_parts_are_shares(name, monkeypatch):
     """In a process of its own, as the benchmark does it: a table's script, and one with a network."""
-    flags = {"total_episodes": 3000} if name.startswith("Q") else {"total_timesteps": 4096}
+    flags = {"total_episodes": 10_000} if name.startswith("Q") else {"total_timesteps": 4096}
     code = f"""
 import importlib, sys, time
 sys.path[:0] = [{str(speed.HERE)!r}]
@@ -209,7 +209,7 @@ late = 0
 time.perf_counter = lambda: clock() + late
 def slow_to_save(run):
     global late
-    late += 1000 if run.step > 4000 or run.episodes == 3000 else 0
+    late += 1000 if run.step > 4000 or run.episodes == 10_000 else 0
     save(run)
 module.Run.save = slow_to_save
 speed.measure({name!r})
