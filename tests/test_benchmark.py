@@ -66,6 +66,22 @@ def test_a_second_set_of_seeds_stays_beside_the_first(here, monkeypatch):
     assert f"| q_learning | {first}; seeds 11, 12, …: {second} | 1 (the optimum) |" in learning.table()
 
 
+def test_a_seed_without_its_folder_keeps_its_rows(here):
+    task = Task("Lake", "q_learning", "--total-episodes 60 --eval-episodes 3", 3)
+    for seed in (1, 3):
+        assert learning.run(task, seed, here / "runs") == ""
+    learning.collect(task, here / "runs")
+    before = learning.read(task, "training")
+    (here / "runs/Lake").rename(here / "elsewhere")
+    assert learning.run(task, 2, here / "runs") == ""
+    learning.collect(task, here / "runs")
+    learning.collect(task, here / "runs")  # once more changes nothing
+    assert learning.read(task, "evaluation")[:, 0].tolist() == [1, 2, 3]
+    after = learning.read(task, "training")
+    assert (np.diff(after[:, 0]) >= 0).all()
+    np.testing.assert_array_equal(after[after[:, 0] != 2], before)
+
+
 def test_a_crash_is_reported_and_nothing_of_it_collected(here):
     task = Task("Broken", "q_learning", "--env-id NoSuchLake-v1", 1)
     assert "exit code 2" in learning.run(task, 1, here / "runs")

@@ -237,13 +237,37 @@ TASKS = [
     Task("FrozenLake 4x4 slippery", "q_learning", SLIPPERY, 5, 0.744, "the optimum"),
     Task("FrozenLake 8x8 slippery", "q_learning", SLIPPERY_8X8, 5, 0.913, "the optimum"),
     Task("Taxi", "q_learning", TAXI, 5, 7.56, "the optimum on these 100 seeds"),
-    Task("CartPole REINFORCE", "reinforce", "", 5, 350, "pass mark of the course", headline="CartPole"),
-    Task("Pixelcopter", "reinforce", COPTER, 3, 40, "models of the course: 20 to 40", note=ON_SEEDS),
-    Task("Pong PLE", "reinforce", PONG, 3, -16, "models of the course: 0 to 11", note=ON_SEEDS),
-    Task("CartPole DQN", "dqn", "", 3, 500, "the maximum; RL Zoo", headline="CartPole"),
+    Task(
+        "CartPole REINFORCE",
+        "reinforce",
+        "",
+        5,
+        350,
+        "pass mark of the course, 1k episodes",
+        headline="CartPole",
+    ),
+    Task(
+        "Pixelcopter",
+        "reinforce",
+        COPTER,
+        3,
+        40,
+        "models of the course: 20 to 40, 50k episodes",
+        note=ON_SEEDS,
+    ),
+    Task(
+        "Pong PLE",
+        "reinforce",
+        PONG,
+        3,
+        -16,
+        "the models of the course lose 0 : 11, 20k episodes",
+        note=ON_SEEDS,
+    ),
+    Task("CartPole DQN", "dqn", "", 3, 500, "the maximum; RL Zoo, 50k steps", headline="CartPole"),
     Task("Acrobot DQN", "dqn", DQN_ACROBOT, 3, -91.5, "CleanRL, 500k steps"),
     Task("LunarLander DQN", "dqn", DQN_LANDER, 3, 154, "RL Zoo, 100k steps"),
-    Task("LunarLander DQN 100k", "dqn", DQN_LANDER_100K, 3, 154, "RL Zoo"),
+    Task("LunarLander DQN 100k", "dqn", DQN_LANDER_100K, 3, 154, "RL Zoo, 100k steps"),
     Task("MountainCar DQN", "dqn", DQN_MOUNTAIN, 3, -195, "CleanRL, 500k steps"),
     Task(
         "Space Invaders",
@@ -251,7 +275,7 @@ TASKS = [
         "",
         3,
         200,
-        "pass mark of the course, mean − std",
+        "pass mark of the course, mean − std, 1M steps",
         label="defaults",
         headline="Space Invaders",
     ),
@@ -287,35 +311,44 @@ TASKS = [
         "",
         3,
         2443,
-        "SB3, gSDE, 6 seeds",
+        "SB3, gSDE, 6 seeds, 2M steps",
         "AntBullet",
         "A2C (a2c_continuous)",
         headline="a walking ant",
     ),
     Task(
-        "AntBullet PPO", "ppo_continuous", ANT_BULLET, 3, 2866, "RL Zoo", "AntBullet", "PPO (ppo_continuous)"
+        "AntBullet PPO",
+        "ppo_continuous",
+        ANT_BULLET,
+        3,
+        2866,
+        "RL Zoo, 2M steps",
+        "AntBullet",
+        "PPO (ppo_continuous)",
     ),
-    Task("HalfCheetahBullet", "a2c_continuous", BULLET_CHEETAH, 3, 2107, "RL Zoo", note=BULLET_NOTE),
+    Task(
+        "HalfCheetahBullet", "a2c_continuous", BULLET_CHEETAH, 3, 2107, "RL Zoo, 2M steps", note=BULLET_NOTE
+    ),
     Task(
         "HalfCheetah",
         "a2c_continuous",
         CHEETAH,
         3,
         3041,
-        "RL Zoo, v3",
+        "RL Zoo, v3, 1M steps",
         note="flags chosen on seeds 1, 2",
         fresh_seeds=10,
     ),
-    Task("Pendulum", "a2c_continuous", PENDULUM, 3, -163, "RL Zoo"),
-    Task("CartPole PPO", "ppo", "", 5, 500, "the maximum; RL Zoo", headline="CartPole"),
-    Task("Acrobot", "ppo", ACROBOT, 3, -86.4, "CleanRL"),
+    Task("Pendulum", "a2c_continuous", PENDULUM, 3, -163, "RL Zoo, 1M steps"),
+    Task("CartPole PPO", "ppo", "", 5, 500, "the maximum; RL Zoo, 100k steps", headline="CartPole"),
+    Task("Acrobot", "ppo", ACROBOT, 3, -86.4, "CleanRL, 500k steps"),
     Task(
         "LunarLander",
         "ppo",
         LANDER,
         3,
         242.1,
-        "RL Zoo",
+        "RL Zoo, 1M steps",
         note="learning rate chosen on seed 1",
         headline="LunarLander",
     ),
@@ -325,20 +358,26 @@ TASKS = [
         "",
         3,
         1.75,
-        "Unity's benchmark",
+        "Unity's benchmark, 3M decisions",
         "Pyramids",
         "with curiosity (rnd_ppo)",
         note="chosen on seed 1",
         headline="Pyramids",
     ),
     Task(
-        "HalfCheetah PPO", "ppo_continuous", "--eval-episodes 20", 3, 5784, "Tianshou", headline="a cheetah"
+        "HalfCheetah PPO",
+        "ppo_continuous",
+        "--eval-episodes 20",
+        3,
+        5784,
+        "Tianshou, 1M steps",
+        headline="a cheetah",
     ),
-    Task("Hopper", "ppo_continuous", "--env-id Hopper-v5 --eval-episodes 20", 3, 2383, "CleanRL"),
-    Task("Walker2d", "ppo_continuous", f"--env-id Walker2d-v5 {ROBOT}", 3, 2288, "CleanRL"),
-    Task("Ant", "ppo_continuous", ANT, 3, 1327, "RL Zoo, one run; Tianshou 3258"),
+    Task("Hopper", "ppo_continuous", "--env-id Hopper-v5 --eval-episodes 20", 3, 2383, "CleanRL, 1M steps"),
+    Task("Walker2d", "ppo_continuous", f"--env-id Walker2d-v5 {ROBOT}", 3, 2288, "CleanRL, 1M steps"),
+    Task("Ant", "ppo_continuous", ANT, 3, 1327, "RL Zoo, one run, 1M steps; Tianshou 3258, 1M steps"),
     Task("BipedalWalker", "ppo_continuous", BIPEDAL, 3, 288, "RL Zoo, 5M steps"),
-    Task("Pendulum PPO", "ppo_continuous", PPO_PENDULUM, 3, -173.78, "the course", label="tuned"),
+    Task("Pendulum PPO", "ppo_continuous", PPO_PENDULUM, 3, -173.78, "the course, 50k steps", label="tuned"),
     *(
         Task(
             f"Pendulum PPO untuned, {steps // 1000}k",
@@ -346,7 +385,7 @@ TASKS = [
             f"{PPO_PENDULUM_UNTUNED} {steps}",
             3,
             mark,
-            "the course" if mark else "",
+            f"the course, {steps // 1000}k steps" if mark else "",
             "Pendulum PPO",
             "untuned",
             in_figure=steps == 50_000,
@@ -360,9 +399,9 @@ TASKS = [
     Task("Pyramids ICM constant", "icm_ppo", "--int-fraction 0", 1, 1.75, "", "Pyramids", in_figure=False),
     Task("DoorKey", "rnd_ppo", DOORKEY, 3, 0.9, "a solved task", "DoorKey", "novelty (rnd_ppo)"),
     Task("DoorKey ICM", "icm_ppo", DOORKEY, 3, 0.9, "", "DoorKey", "predicting the next state (icm_ppo)"),
-    Task("DoorKey 5x5", "rnd_ppo", DOORKEY_5X5, 3, 0.964, "RL Zoo: PPO"),
-    Task("KeyCorridor", "rnd_ppo", KEY_CORRIDOR, 3, 0.949, "RL Zoo: PPO"),
-    Task("MultiRoom", "rnd_ppo", MULTIROOM, 3, 0, "RL Zoo: PPO after 10M", "MultiRoom", "novelty (rnd_ppo)"),
+    Task("DoorKey 5x5", "rnd_ppo", DOORKEY_5X5, 3, 0.964, "RL Zoo: PPO, 100k steps"),
+    Task("KeyCorridor", "rnd_ppo", KEY_CORRIDOR, 3, 0.949, "RL Zoo: PPO, 500k steps"),
+    Task("MultiRoom", "rnd_ppo", MULTIROOM, 3, 0, "RL Zoo: PPO, 10M steps", "MultiRoom", "novelty (rnd_ppo)"),
     Task("MultiRoom ICM", "icm_ppo", MULTIROOM, 3, 0, "", "MultiRoom", "predicting the next state (icm_ppo)"),
     *(
         Task(f"ablation PPO {flag}", "ppo", flag, 3, None, "", "ppo_ablation", flag or "all tricks", False)
@@ -413,7 +452,10 @@ def run(task: Task, seed: int, runs_dir: Path) -> str:
 
 
 def collect(task: Task, runs_dir: Path) -> None:
-    """Write results/TASK.csv from the finished runs, if there are any; TASK_fresh.csv has the second set."""
+    """Write results/TASK.csv from the finished runs, if there are any; TASK_fresh.csv has the second set.
+
+    Seeds whose run folders are not here keep the rows that they have: delete the CSV if they are not to.
+    """
     rows = {False: [], True: []}  # is it of the second set?
     for run_dir in sorted(
         (runs_dir / task.name.replace(" ", "_")).glob("seed*/"), key=lambda x: int(x.name[4:])
@@ -439,8 +481,12 @@ def collect(task: Task, runs_dir: Path) -> None:
     (HERE / "results").mkdir(exist_ok=True)
     for fresh, own in rows.items():
         if own:
-            with open(csv_path(task, fresh), "w", newline="") as file:
-                csv.writer(file).writerows([COLUMNS, *own])
+            path = csv_path(task, fresh)
+            stored = list(csv.reader(path.open()))[1:] if path.exists() else []
+            seeds = {row[0] for row in own}
+            own += [row for row in stored if int(row[0]) not in seeds]
+            with open(path, "w", newline="") as file:
+                csv.writer(file).writerows([COLUMNS, *sorted(own, key=lambda row: int(row[0]))])
 
 
 def csv_path(task: Task, fresh: bool = False) -> Path:
@@ -534,7 +580,9 @@ CHINESE = {
     r"\[a walking ant\]": "[行走的蚂蚁]",
     r"\[a cheetah\]": "[奔跑的猎豹]",
     r"\[Pong from pixels\]": "[看画面玩 Pong]",
-    r", 10M steps": "，10M 步",
+    r", (\d+\w) steps": r"，\1 步",
+    r", (\d+\w) decisions": r"，\1 次决策",
+    r", (\d+\w) episodes": r"，\1 个回合",
     r" \((\d+) seeds?\)": r"（\1 个种子）",
     r", (\d+) seeds": r"，\1 个种子",
     r"(?<=\d): ": "：",
