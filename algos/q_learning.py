@@ -167,7 +167,7 @@ def step_size(learning_rate, visits, lr_visits):
     # [Trick 1] Where chance decides, a constant rate follows the last few tries for ever. Values settle at
     # the mean if the rates of a pair add up to infinity (any start is forgotten) and their squares do not
     # (the noise dies away): Robbins and Monro, https://doi.org/10.1214/aoms/1177729586. (6), which falls like
-    # 1/m, meets both. Off by default; it pays where chance decides a lot. Try: --lr-visits 100
+    # 1/m, meets both. It pays where chance decides a lot. Try: --lr-visits 100, and 0 for a constant rate
     return learning_rate / (1 + visits / lr_visits)  # (6)
 
 

@@ -418,6 +418,7 @@ def test_initial_values(tmp_path):
 def cliff():
     """Episodic returns while learning, and the table, of the three algorithms on the cliff."""
     found = {}
+    book = {"total_episodes": 500, "lr_visits": 0.0}
     flags = {
         "Sarsa": {},
         "Expected": {"expected": True},
@@ -426,7 +427,7 @@ def cliff():
     for name, flag in flags.items():
         returns = []
         for seed in (1, 2, 3):
-            table = quick(after_episode=lambda q, r, out=returns: out.append(r), seed=seed, **flag)
+            table = quick(after_episode=lambda q, r, out=returns: out.append(r), seed=seed, **book, **flag)
         found[name] = np.reshape(returns, (3, 500)), table
     return found
 
@@ -437,6 +438,13 @@ def test_the_cliff(cliff):
     assert late["Expected"] == pytest.approx(-24, abs=6)
     assert book_figures.greedy_way(cliff["Q-learning"][1]) == "at the edge"
     assert book_figures.greedy_way(cliff["Expected"][1]) != "at the edge"
+
+
+@pytest.mark.parametrize("seed", [2, 8, 15, 16])
+def test_a_rate_that_falls_leads_to_the_goal(seed):
+    """With the defaults; with a constant rate the greedy policy of these seeds walks in a circle."""
+    assert book_figures.greedy_way(quick(seed=seed)) in ("at the edge", "one row up", "two rows up")
+    assert book_figures.greedy_way(quick(seed=seed, lr_visits=0.0)) == "never arrives"
 
 
 def test_q_learning_by_another_name(cliff):
@@ -571,7 +579,12 @@ def test_another_seed_is_another_run():
 
 
 def test_charts_are_means_since_the_last_point(tmp_path):
-    line = {"env_id": "Line-v0", "env_kwargs": '{"length": 2, "second": 3}', "learning_rate": 1.0}
+    line = {
+        "env_id": "Line-v0",
+        "env_kwargs": '{"length": 2, "second": 3}',
+        "learning_rate": 1.0,
+        "lr_visits": 0.0,
+    }
     run(tmp_path, total_episodes=400, **line)
     charts = scalars(tmp_path)
     assert [step for step, _ in charts["charts/episodic_length"]] == list(range(10, 1001, 10))

@@ -93,7 +93,7 @@ def errors_of_a_walk(runs: int, **settings) -> np.ndarray:
 
     options = f'{{"num_states": {len(truth)}, "left_reward": {env.unwrapped.left_reward}}}'
     for seed in range(1, runs + 1):
-        walk = {"env_id": "envs.random_walk:RandomWalk-v0", "env_kwargs": options}
+        walk = {"env_id": "envs.random_walk:RandomWalk-v0", "env_kwargs": options, "lr_visits": 0.0}
         learn(sarsa, after_episode, seed=seed, **walk, **settings)
     return np.reshape(errors, (runs, -1)).mean(0)
 
@@ -218,7 +218,7 @@ def greedy_way(q_table: np.ndarray) -> str:
 def cliff(runs: int = CLIFF_RUNS) -> list[tuple]:
     """Example 6.6, and α = 1 as in figure 6.3. Returns rows of (what, measured, published)."""
     task = {"env_id": "CliffWalking-v1", "total_episodes": 500, "learning_rate": 0.5, "gamma": 1.0}
-    task |= {"max_epsilon": 0.1, "min_epsilon": 0.1, "max_steps": 10_000}
+    task |= {"lr_visits": 0.0, "max_epsilon": 0.1, "min_epsilon": 0.1, "max_steps": 10_000}
     algorithms = {
         "Sarsa": (sarsa, {}),
         "Expected Sarsa": (sarsa, {"expected": True}),

@@ -50,7 +50,7 @@ A2C = (
 ANT, CHEETAH = "pybullet_envs_gymnasium:AntBulletEnv-v0", "HalfCheetah-v5"
 CASES = {
     "Q-learning FrozenLake": Case("q_learning", {"total_episodes": 10_000}),
-    "Sarsa CliffWalking": Case("sarsa", {"total_episodes": 3000}),
+    "Sarsa CliffWalking": Case("sarsa", {"total_episodes": 3000, "lr_visits": 0.0}),
     "REINFORCE CartPole": Case("reinforce", {"total_episodes": 500}),
     # The settings of the RL Zoo: a minibatch for every step, hidden layers of 256.
     "DQN LunarLander": Case(
