@@ -168,7 +168,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     bullet = "BulletEnv-" in args.env_id and ":" not in args.env_id
     env_id = f"pybullet_envs_gymnasium:{args.env_id}" if bullet else args.env_id
     how = args.vectorization if num_envs > 1 else "sync"  # one alone gains nothing from its own process
-    with ctrl_c_ignored():  # by the processes of the environments: this process saves before it ends
+    with signals_ignored():  # by the processes of the environments: this process saves before it ends
         envs = gym.make_vec(env_id, num_envs, how, vector_kwargs=options, render_mode=render_mode)
     return RecordEpisodeStatistics(envs)
 
@@ -552,13 +552,22 @@ def discounted_sums(rewards, ended, before, gamma):
 
 
 @contextmanager
-def ctrl_c_ignored():
-    """Processes that are started meanwhile never hear Ctrl-C, which reaches every process of a terminal."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def signals_ignored():
+    """Processes that are started meanwhile hear neither Ctrl-C nor SIGTERM, which reach whole groups."""
+    import atexit
+    import multiprocessing
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, signal.SIG_IGN) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+        # SIGTERM is also how Gymnasium and Python end processes that are left: kill these.
+        for process in multiprocessing.active_children():
+            process.terminate = process.kill
+            atexit.register(process.kill)
 
 
 def check_settings(args: Args) -> None:

@@ -859,20 +859,21 @@ def test_one_environment_alone_needs_no_process(tmp_path, monkeypatch):
     assert [how for *_, how in made] == ["sync", "sync", "sync", "async"]
 
 
-def test_processes_of_environments_do_not_hear_ctrl_c(tmp_path):
+def test_processes_of_environments_do_not_hear_signals(tmp_path):
     args = make_args(tmp_path / "run", env_id="CounterBox-both-v0", vectorization="async")
-    before = signal.getsignal(signal.SIGINT)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
     envs = a2c.make_envs(args, 2)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert [signal.getsignal(number) for number in numbers] == before
     if sys.platform == "linux":
         for process in envs.unwrapped.processes:
             status = Path(f"/proc/{process.pid}/status").read_text()
             ignored = int(status.split("SigIgn:")[1].split()[0], 16)
-            assert ignored >> (signal.SIGINT - 1) & 1
+            assert all(ignored >> (number - 1) & 1 for number in numbers)
     envs.close()
     with pytest.raises(Exception, match="nothing"):
         a2c.make_envs(make_args(tmp_path / "run", env_id="nothing-v0"), 2)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_observations_that_are_kept_are_copies(tmp_path):

@@ -1002,16 +1002,17 @@ def test_processes_give_the_same_numbers(tmp_path):
     assert all(torch.equal(sync[name], processes[name]) for name in sync)
 
 
-def test_processes_of_environments_do_not_hear_ctrl_c(tmp_path):
+def test_processes_of_environments_do_not_hear_signals(tmp_path):
     args = make_args(tmp_path, env_id="CounterPPOC-both-v0", vectorization="async")
-    before = signal.getsignal(signal.SIGINT)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
     envs = ppoc.make_envs(args, 2)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert [signal.getsignal(number) for number in numbers] == before
     if sys.platform == "linux":
         for process in envs.unwrapped.processes:
             status = Path(f"/proc/{process.pid}/status").read_text()
             ignored = int(status.split("SigIgn:")[1].split()[0], 16)
-            assert ignored >> (signal.SIGINT - 1) & 1
+            assert all(ignored >> (number - 1) & 1 for number in numbers)
     envs.close()
     assert not hasattr(ppoc.make_envs(args, 1).unwrapped, "processes")  # one alone needs none
 

@@ -340,12 +340,18 @@ def call(name: str, *argv, monkeypatch, capfd) -> tuple[int, str, str]:
     return code, *capfd.readouterr()
 
 
-def start(name: str, *argv, **environment) -> subprocess.Popen:
-    """Run a script as users do, in a process of its own."""
+def start(name: str, *argv, new_group: bool = False, **environment) -> subprocess.Popen:
+    """Run a script as users do, in a process of its own, or as the first of a new group of processes."""
     command = [sys.executable, str(ALGOS / f"{name}.py"), *map(str, argv)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), **environment}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ALGOS
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=ALGOS,
+        start_new_session=new_group,
     )
 
 
@@ -1094,6 +1100,43 @@ def test_ctrl_c_while_evaluating_ends_quietly(finished_run):
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 128 + number and "Traceback" not in seen + err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no groups of processes")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", ["a2c_continuous", "ppo_continuous"])
+def test_a_signal_to_the_processes_of_the_environments_too(name, number, tmp_path):
+    """A terminal sends Ctrl-C, `timeout` and clusters SIGTERM to whole groups: nothing is lost or hangs."""
+    flags = ["--env-id", "Pendulum-v1", "--vectorization", "async", "--num-envs", "2"]
+    training = ["--run-dir", tmp_path / "run", "--total-timesteps", "500000", "--checkpoint-every", "500000"]
+    evaluating = ["--evaluate", tmp_path / "run", "--eval-episodes", "1000000"]
+    for argv, sign in ([*flags, *training], "return"), (evaluating, "evaluation"):
+        process = start(name, *argv, new_group=True)
+        seen = ""
+        while sign not in seen:
+            seen += process.stderr.read(1)
+            assert process.poll() is None, seen
+        os.killpg(process.pid, number)
+        try:
+            _, err = process.communicate(timeout=60)
+            with pytest.raises(ProcessLookupError):  # none of the group is left
+                os.killpg(process.pid, 0)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        assert "Traceback" not in seen + err and process.returncode == 128 + number
+    saved = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert saved["vectorization"] == "async"
+    assert importlib.import_module("torch").load(tmp_path / "run" / "checkpoint.pt")["global_step"] > 0
+
+
+@pytest.mark.parametrize("name", ["a2c_continuous", "ppo_continuous"])
+def test_a_script_that_fails_does_not_wait_for_its_environments(name):
+    """Python ends processes that are left by SIGTERM, which these do not hear, and waits for them."""
+    make = f"{name}.make_envs({name}.Args(env_id='Pendulum-v1', vectorization='async'), 2)"
+    code = f"import {name}; envs = {make}; raise ValueError('mine')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ALGOS, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.count("Traceback") == 1 and "mine" in done.stderr
 
 
 def bomb_file(case: Case, bomb) -> bytes:
