@@ -851,14 +851,12 @@ def test_ctrl_c_leaves_nothing(runs, tmp_path, monkeypatch, capfd):
 
 
 def test_help_is_quick_and_says_how(capfd):
-    started = time.perf_counter()
     command = [sys.executable, TOOLS / "watch.py", "--help"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0 and "RUN_DIR" in run.stdout and "--episodes" in run.stdout
-    seconds = time.perf_counter() - started
     heavy = "import sys, watch; print([m for m in ('torch', 'gymnasium', 'PIL') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", heavy], cwd=TOOLS, capture_output=True, text=True)
-    assert found.stdout.strip() == "[]" and seconds < 10  # 2 s on a machine that does nothing else
+    assert found.stdout.strip() == "[]", "what takes seconds to import"
 
 
 # In a browser
