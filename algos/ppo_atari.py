@@ -49,9 +49,9 @@ New here: one network for policy and value, training in several processes.
 Run: python algos/ppo_atari.py --env-id ALE/Pong-v5
      torchrun --standalone --nproc-per-node 2 algos/ppo_atari.py --env-id ALE/Pong-v5
 Expect: 170 steps per second on one CPU core without bfloat16, 380 on one with it: 2 to 5 hours for Pong's 3M,
-with an episodic return of 19.5, 17.9 and 14.9 of at most 21 (seeds 1, 2, 3). After 1.6M Breakout is at 34.7,
-23.6 and 29.3; RL Zoo has 398 after 10M. Rally, a game made for tests, is at 17.99, 18.48 and 18.92 after
-100,000, 4 minutes (its command: tests/benchmark/RESULTS.md); the best moves, 1% replaced, get 19.28.
+with an episodic return of 19.5, 17.9 and 14.9 of at most 21 (seeds 1, 2, 3). Breakout is at 34.7, 23.6 and
+29.3 after 1.6M; RL Zoo has 398 after 10M. Rally, a small game made for tests, is at 17.99, 18.48 and 18.92
+after 100,000 steps, 4 minutes; the best moves, 1% of them replaced, get 19.28 (tests/benchmark/RESULTS.md).
 """
 
 import difflib
