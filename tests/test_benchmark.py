@@ -240,7 +240,7 @@ speed.measure({name!r})
     assert result["speed"] > 100
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")  # matplotlib's; not what another test left to the collector
 def test_scale_is_drawn_as_far_as_it_is_measured(tmp_path):
     row = {"curve": "environments", "script": "ppo", "steps_per_second": "900", "memory_mb": "360"}
     scale.draw([row | {"x": "1"}, row | {"x": "4"}], tmp_path / "scale.png")
